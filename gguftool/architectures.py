@@ -1,0 +1,83 @@
+"""Architectures as rows of data: what differs between the MoE families that gguftool knows.
+
+A row names things; it holds no code. transformers 5 gives every MoE an experts module that is called with
+(hidden states, top-k indices, top-k weights) and keeps 3-D `gate_up_proj` and `down_proj`, so calibration needs
+nothing more than where that module is and how its rows are laid out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from .errors import GgufToolError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One MoE family.
+
+    Attributes:
+        model_type: `model_type` in config.json.
+        gguf_arch: `general.architecture` in the GGUF.
+        layers: path of the decoder layers' list inside the causal LM module.
+        experts: path of the experts module inside a decoder layer.
+        router: path of the router module inside a decoder layer; its `weight` has a row for every expert.
+        checkpoint_experts: path of the experts in checkpoint tensor names, inside a layer.
+        gate, up, down: names of an expert's three projections in the checkpoint.
+        width_key: config.json's key for the neurons of one expert.
+        count_key: config.json's key for the number of routed experts.
+        top_k_key: config.json's key for the experts used by a token.
+        reference: a public checkpoint of this family, for whoever wants to check the row.
+    """
+
+    model_type: str
+    gguf_arch: str
+    reference: str
+    layers: str = "model.layers"
+    experts: str = "mlp.experts"
+    router: str = "mlp.gate"
+    checkpoint_experts: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    width_key: str = "moe_intermediate_size"
+    count_key: str = "num_experts"
+    top_k_key: str = "num_experts_per_tok"
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture("qwen3_moe", "qwen3moe", "Qwen/Qwen3-30B-A3B"),
+    Architecture("qwen2_moe", "qwen2moe", "Qwen/Qwen1.5-MoE-A2.7B"),
+    Architecture("olmoe", "olmoe", "allenai/OLMoE-1B-7B-0924", width_key="intermediate_size"),
+    Architecture(
+        "mixtral",
+        "llama",
+        "mistralai/Mixtral-8x7B-v0.1",
+        checkpoint_experts="block_sparse_moe.experts",
+        gate="w1",
+        up="w3",
+        down="w2",
+        width_key="intermediate_size",
+        count_key="num_local_experts",
+    ),
+)
+
+
+def for_model_type(model_type: str) -> Architecture:
+    """The row for config.json's `model_type`. Raises GgufToolError for one that has no row."""
+    return _find("model_type", model_type)
+
+
+def for_gguf(gguf_arch: str) -> Architecture:
+    """The row for a GGUF's `general.architecture`. Raises GgufToolError for one that has no row."""
+    return _find("gguf_arch", gguf_arch)
+
+
+def _find(key: str, value: str) -> Architecture:
+    known = {getattr(row, key): row for row in ARCHITECTURES}
+    if value in known:
+        return known[value]
+    near = get_close_matches(value, known, n=2)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise GgufToolError(f"no MoE architecture {value!r} is known{hint}; known are {', '.join(sorted(known))}")

@@ -1,0 +1,166 @@
+"""From a plan to the tensors of the file: which layout, which tensors, which shapes. Pure.
+
+`stock` runs on any llama.cpp; `tiered` replaces an expert stack of a layer by one stack for each width, with a map from
+experts to tiers. Both the planner (before anything is written) and the writer take their shapes from here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .errors import GgufToolError
+from .plan import LayerPlan, PrunePlan, Tier
+from .tensors import BLOCKS, TensorSpec
+
+STOCK, TIERED = "stock", "tiered"
+
+_NAME = re.compile(
+    r"blk\.(?P<layer>\d+)\.(?:ffn_(?P<part>gate|up|down|gate_up)_exps(?:\.(?P<tier>\d+))?\.(?P<suffix>weight|bias|scale)"
+    r"|(?P<router>ffn_gate_inp\.weight|ffn_gate_inp\.bias|exp_probs_b\.bias|exp_probs_b)|(?P<map>ffn_exps_tier\.weight))$"
+)
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """A tensor name that belongs to the routed experts of a layer. `role` is gate, up, down, gate_up, router or map."""
+
+    layer: int
+    role: str
+    tier: int | None = None
+    suffix: str = "weight"
+
+
+def parse(name: str) -> ExpertName | None:
+    """What `name` is to the routed experts, or None for a tensor that pruning leaves alone."""
+    match = _NAME.match(name)
+    if match is None:
+        return None
+    role = match["part"] or ("router" if match["router"] else "map")
+    tier = None if match["tier"] is None else int(match["tier"])
+    return ExpertName(int(match["layer"]), role, tier, match["suffix"] or "weight")
+
+
+def tier_name(layer: int, role: str, tier: int, suffix: str = "weight") -> str:
+    """Name of one tier's stack."""
+    return f"blk.{layer}.ffn_{role}_exps.{tier}.{suffix}"
+
+
+def map_name(layer: int) -> str:
+    """Name of a layer's tier map: I32, ne = [experts, tiers], the index of an expert inside a tier or -1."""
+    return f"blk.{layer}.ffn_exps_tier.weight"
+
+
+def layout_of(plan: PrunePlan) -> str:
+    """`stock` where every llama.cpp can read the result, else `tiered`."""
+    return STOCK if plan.uniform else TIERED
+
+
+def untouched(layer: LayerPlan, plan: PrunePlan) -> bool:
+    """Whether a layer keeps every expert and every neuron, so that its tensors stay as they are."""
+    return len(layer.router) == plan.n_expert and all(width == plan.n_ff_exp for width in layer.widths)
+
+
+def down_type(base_type: str, width: int, twin: str) -> str:
+    """Type of a down stack with rows of `width`: the base file's where its blocks fit, else `twin`."""
+    return base_type if width % BLOCKS[base_type][0] == 0 else twin
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the pruned file and where it comes from.
+
+    `source` is the base tensor; None for a tier map. `tier` is None where the tensor is copied, or only loses experts.
+    """
+
+    spec: TensorSpec
+    source: TensorSpec | None
+    layer: LayerPlan | None = None
+    tier: Tier | None = None
+
+
+def pieces(plan: PrunePlan, base: Sequence[TensorSpec], twins: dict[str, str]) -> tuple[Piece, ...]:
+    """Every tensor of the pruned file, in the base file's order, a layer's tier map before its first tier.
+
+    Args:
+        base: every tensor of the unpruned file.
+        twins: 32-block type of about the same size, for a type whose blocks do not fit a width.
+
+    Raises:
+        GgufToolError: the base is not the model that the plan was made for, or was pruned before.
+    """
+    plan.check()
+    layers = {layer.index: layer for layer in plan.layers}
+    stock = layout_of(plan) == STOCK
+    out: list[Piece] = []
+    used: set[int] = set()
+    for spec in base:
+        name = parse(spec.name)
+        if name is None:
+            out.append(Piece(spec, spec))
+            continue
+        if name.tier is not None or name.role == "map":
+            raise GgufToolError(f"{spec.name}: the base file is tiered already; prune the unpruned file")
+        if name.layer not in layers:
+            raise GgufToolError(f"{spec.name}: the plan has no layer {name.layer}; it was made for another model")
+        layer = layers[name.layer]
+        _check_source(spec, name, plan)
+        if untouched(layer, plan):
+            out.append(Piece(spec, spec))
+        elif name.role == "router":
+            out.append(Piece(_with_experts(spec, len(layer.router)), spec, layer))
+        elif stock:
+            out.append(_stack(spec, name, layer, layer.tiers()[0], twins, None))
+        else:
+            if layer.index not in used:
+                ne = (len(layer.router), len(layer.tiers()))
+                out.append(Piece(TensorSpec(map_name(layer.index), ne, "I32"), None, layer))
+            out.extend(_tier_pieces(spec, name, layer, twins))
+        if name.role != "router":
+            used.add(layer.index)
+    if missing := sorted(set(layers) - used):
+        raise GgufToolError(f"the base file has no experts in layer {missing[0]}, which the plan prunes")
+    return tuple(out)
+
+
+def _tier_pieces(spec: TensorSpec, name: ExpertName, layer: LayerPlan, twins: dict[str, str]) -> Iterator[Piece]:
+    for index, tier in enumerate(layer.tiers()):
+        yield _stack(spec, name, layer, tier, twins, index)
+
+
+def _stack(
+    spec: TensorSpec, name: ExpertName, layer: LayerPlan, tier: Tier, twins: dict[str, str], index: int | None
+) -> Piece:
+    """One tier's stack of one projection; `index` None for the only stack of a stock layer."""
+    width, count, kind = tier.width, len(tier.rows), spec.type
+    if name.suffix == "weight":
+        if name.role == "down":
+            kind = down_type(spec.type, width, twins.get(spec.type, "F16"))
+            ne: tuple[int, ...] = (width, spec.ne[1], count)
+        else:
+            ne = (spec.ne[0], width * (2 if name.role == "gate_up" else 1), count)
+    elif name.suffix == "bias":
+        length = spec.ne[0] if name.role == "down" else width * (2 if name.role == "gate_up" else 1)
+        ne = (length, count)
+    else:
+        ne = (count,)
+    out = spec.name if index is None else tier_name(name.layer, name.role, index, name.suffix)
+    return Piece(TensorSpec(out, ne, kind), spec, layer, tier)
+
+
+def _with_experts(spec: TensorSpec, count: int) -> TensorSpec:
+    return TensorSpec(spec.name, (*spec.ne[:-1], count), spec.type)
+
+
+def _check_source(spec: TensorSpec, name: ExpertName, plan: PrunePlan) -> None:
+    width = {"gate": 1, "up": 1, "gate_up": 2}.get(name.role)
+    if spec.ne[-1] != plan.n_expert:
+        raise GgufToolError(f"{spec.name} has {spec.ne[-1]} experts, the plan {plan.n_expert}: it is for another model")
+    if name.suffix != "weight" or name.role == "router":
+        return
+    have = spec.ne[0] if width is None else spec.ne[1] // width
+    if have != plan.n_ff_exp:
+        raise GgufToolError(
+            f"{spec.name} has experts of width {have}, the plan {plan.n_ff_exp}: it is for another model"
+        )

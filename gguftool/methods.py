@@ -1,0 +1,231 @@
+"""Methods: how a criterion and a budget become retained experts and neurons. One pure function each.
+
+A method takes the stats and a recipe and returns what stays; `planner.make_plan` adds types, bytes and checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import GgufToolError
+from .plan import LayerPlan, Neurons
+from .recipe import Recipe
+from .saliency import EXPERT_CRITERIA, Criterion, expert_criterion, lookup, neuron_criterion, super_experts
+from .stats import Array, CalibrationStats
+from .tiers import Budget, Ints, allocate, value_curves, width_grid
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method decided: the layers, the formula that it used, and notes for a person."""
+
+    layers: tuple[LayerPlan, ...]
+    formula: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named method. `stock` says that its plans always fit the stock layout."""
+
+    name: str
+    summary: str
+    source: str
+    stock: bool
+    decide: Callable[[CalibrationStats, Recipe, int], Decision]
+
+
+def drop_experts(
+    stats: CalibrationStats, saliency: Array, recipe: Recipe
+) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
+    """Drops the same number of experts in every layer, those of least saliency; the router loses their rows.
+
+    Args:
+        saliency: [L, E], larger stays.
+
+    Returns:
+        The layers and notes. The share that goes is rounded to whole experts.
+
+    Raises:
+        GgufToolError: fewer experts than the router's top-k would remain.
+    """
+    facts = stats.model
+    keep = facts.n_expert - round(recipe.ratio * facts.n_expert)
+    if keep < facts.n_expert_used:
+        raise GgufToolError(
+            f"{keep} of {facts.n_expert} experts would remain in each layer but {facts.n_expert_used} are routed per "
+            f"token; keep at least {facts.n_expert_used} or lower --ratio"
+        )
+    notes = []
+    protected = set(super_experts(stats)) if recipe.guard else set()
+    whole = np.arange(facts.n_ff_exp, dtype=np.int64)
+    layers = []
+    for row, index in enumerate(facts.moe_layers):
+        order = np.argsort(-saliency[row], kind="stable")
+        stays = set(order[:keep].tolist())
+        for expert in (e for layer, e in sorted(protected) if layer == row and e not in stays):
+            last = next((e for e in order[:keep][::-1].tolist() if (row, e) not in protected and e in stays), None)
+            if last is not None:
+                stays = stays - {last} | {expert}
+                notes.append(f"layer {index}: super expert {expert} is protected, expert {last} goes instead")
+        layers.append(LayerPlan(index, tuple(sorted(stays)), (whole,) * keep))
+    return tuple(layers), tuple(notes)
+
+
+def _drop_by(name: str) -> Callable[[CalibrationStats, Recipe, int], Decision]:
+    def decide(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
+        criterion = expert_criterion(recipe.criterion or name)
+        layers, notes = drop_experts(stats, criterion.measure(stats), recipe)
+        return Decision(layers, describe(criterion), notes)
+
+    return decide
+
+
+def _inverted(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
+    criterion = expert_criterion(recipe.criterion or "gated-sum")
+    layers, _ = drop_experts(stats, -criterion.measure(stats), Recipe("inverted", recipe.ratio, guard=False))
+    return Decision(layers, f"control: the best experts go, by {describe(criterion)}")
+
+
+def _random(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
+    shape = (len(stats.model.moe_layers), stats.model.n_expert)
+    saliency = np.random.default_rng(recipe.seed).random(shape)
+    layers, _ = drop_experts(stats, saliency, Recipe("random", recipe.ratio, guard=False))
+    return Decision(layers, f"control: experts at random, seed {recipe.seed}")
+
+
+def _global(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
+    """One budget of slices over all experts and layers; the shape over depth is found, not assumed."""
+    criterion = neuron_criterion(recipe.criterion or "gated-second-moment")
+    return _slices(stats, recipe, align, criterion.measure(stats), describe(criterion))
+
+
+def _random_slices(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
+    shape = stats.neurons["h_sq"].shape
+    saliency = np.random.default_rng(recipe.seed).random(shape)
+    return _slices(stats, recipe, align, saliency, f"control: slices of neurons at random, seed {recipe.seed}")
+
+
+def _slices(stats: CalibrationStats, recipe: Recipe, align: int, saliency: Array, formula: str) -> Decision:
+    facts = stats.model
+    grid = width_grid(facts.n_ff_exp, align)
+    n_layers = len(facts.moe_layers)
+    neurons = int((1 - recipe.ratio) * n_layers * facts.n_expert * facts.n_ff_exp + 1e-6)
+    widths = allocate(value_curves(saliency, grid), Budget(neurons, grid, recipe.max_tiers))
+    return Decision(keep_widths(stats, saliency, widths), formula)
+
+
+def _enp(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
+    """Every expert equally narrow."""
+    criterion = neuron_criterion(recipe.criterion or "enp")
+    facts = stats.model
+    width = max(align, round((1 - recipe.ratio) * facts.n_ff_exp / align) * align)
+    widths = np.full((len(facts.moe_layers), facts.n_expert), min(width, facts.n_ff_exp), dtype=np.int64)
+    return Decision(keep_widths(stats, criterion.measure(stats), widths), describe(criterion))
+
+
+def _tenp(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
+    """The most important experts stay whole, more of them in deep layers; the rest keep their best neurons by ENP."""
+    facts = stats.model
+    expert = EXPERT_CRITERIA["tenp-importance"]
+    neuron = neuron_criterion(recipe.criterion or "enp")
+    kept = 1 - recipe.ratio
+    alpha = min(0.3, kept / 2) if recipe.whole is None else recipe.whole
+    importance = expert.measure(stats)
+    whole = trapezoid(round(alpha * importance.size), len(facts.moe_layers), facts.n_expert, recipe.depth)
+    is_whole = np.zeros(importance.shape, dtype=bool)
+    for row, count in enumerate(whole):
+        is_whole[row, np.argsort(-importance[row], kind="stable")[:count]] = True
+    widths = _spread_rest(is_whole, importance, facts.n_ff_exp, kept, align)
+    formula = f"whole: {describe(expert)}; neurons: {describe(neuron)}"
+    note = (
+        f"alpha {alpha:.3g}: {is_whole.sum()} of {is_whole.size} experts stay whole, by layer {list(map(int, whole))}"
+    )
+    return Decision(keep_widths(stats, neuron.measure(stats), widths), formula, (note,))
+
+
+def trapezoid(total: int, n_layers: int, n_expert: int, depth: tuple[float, float]) -> Ints:
+    """`total` whole experts over the layers with weights linear from depth[0] to depth[1], by largest remainder, [L].
+
+    The counts by layer are not published (arXiv 2606.09885); this schedule is a reconstruction.
+    """
+    weights = np.linspace(*depth, n_layers)
+    share = np.minimum(total * weights / weights.sum(), n_expert)
+    counts = np.floor(share).astype(np.int64)
+    while counts.sum() < total:
+        room = np.where(counts < n_expert, share - counts, -np.inf)
+        if not np.isfinite(room).any():
+            break
+        counts[int(room.argmax())] += 1
+        share = np.where(counts < n_expert, np.maximum(share, counts - 1), share)
+    return counts
+
+
+def _spread_rest(is_whole: np.ndarray, importance: Array, n_ff: int, kept: float, align: int) -> Ints:
+    """Widths that give the experts which are not whole the same share beta of their neurons, up to one slice: [L, E]."""
+    widths = np.where(is_whole, n_ff, 0).astype(np.int64)
+    rest = ~is_whole
+    if not rest.any():
+        return widths
+    budget = int(kept * widths.size * n_ff + 1e-6) - int(widths.sum())
+    base = max(0, budget) // (int(rest.sum()) * align) * align
+    widths[rest] = min(base, n_ff)
+    left = budget - int(widths[rest].sum())
+    order = np.argsort(np.where(rest, -importance, np.inf), axis=None, kind="stable")
+    for flat in order[: int(rest.sum())]:
+        step = min(align, n_ff - base)
+        if step <= 0 or left < step:
+            break
+        widths.flat[flat] += step
+        left -= step
+    return widths
+
+
+def keep_widths(stats: CalibrationStats, saliency: Array, widths: Ints) -> tuple[LayerPlan, ...]:
+    """Layers that keep every expert in the router, each with its `widths[l, e]` best neurons of `saliency` [L, E, K]."""
+    order = np.argsort(-saliency, axis=2, kind="stable")
+    layers = []
+    for row, index in enumerate(stats.model.moe_layers):
+        retained: tuple[Neurons, ...] = tuple(
+            np.sort(order[row, expert, : widths[row, expert]]).astype(np.int64)
+            for expert in range(stats.model.n_expert)
+        )
+        layers.append(LayerPlan(index, tuple(range(stats.model.n_expert)), retained))
+    return tuple(layers)
+
+
+def describe(criterion: Criterion) -> str:
+    """A criterion's name, formula and source in one line."""
+    return f"{criterion.name} = {criterion.formula} ({criterion.source})"
+
+
+def _drop_method(name: str) -> Method:
+    criterion = EXPERT_CRITERIA[name]
+    return Method(name, f"drop whole experts by {criterion.formula}", criterion.source, True, _drop_by(name))
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("global", "one budget of neuron slices over all experts and layers", "gguftool", False, _global),
+        Method(
+            "tenp", "important experts whole, ENP on the rest, trapezoid over depth", "arXiv 2606.09885", False, _tenp
+        ),
+        Method("enp", "every expert equally narrow, neurons by ENP", "arXiv 2606.09885", True, _enp),
+        *(_drop_method(name) for name in EXPERT_CRITERIA if name != "tenp-importance"),
+        Method("random", "control: drop whole experts at random", "control", True, _random),
+        Method("inverted", "control: drop the best whole experts", "control", True, _inverted),
+        Method("random-slices", "control: one budget of slices at random", "control", False, _random_slices),
+    )
+}
+
+
+def method(name: str) -> Method:
+    """The method `name`; the free family triple `b,alpha,beta` drops whole experts by it."""
+    if name.count(",") == 2:
+        criterion = expert_criterion(name)
+        return Method(name, f"drop whole experts by {criterion.formula}", criterion.source, True, _drop_by(name))
+    return lookup(METHODS, name, "method")

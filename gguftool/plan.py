@@ -1,0 +1,278 @@
+"""PrunePlan: which neurons of which experts stay. A value that a person can read; nothing here touches a tensor.
+
+On disk: JSON with a format version and the fingerprints of what it was made from. The neurons of an expert that is
+narrowed are a bit mask in hexadecimal, bit k of the little-endian bytes for neuron k; whole and empty experts are words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import GgufToolError
+from .recipe import Recipe
+from .tensors import TensorSpec
+
+FORMAT = "gguftool.plan"
+VERSION = 1
+
+Neurons = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Experts of one layer that keep the same number of neurons; `rows` are their rows in the router, ascending."""
+
+    width: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One MoE layer.
+
+    Attributes:
+        index: decoder index (`blk.<index>`).
+        router: original ids of the experts that the router keeps, ascending. The others are gone.
+        retained: for each row of `router`, the ascending original indices of the neurons that stay. An expert may stay
+            in the router without a neuron: it is then chosen and adds nothing.
+    """
+
+    index: int
+    router: tuple[int, ...]
+    retained: tuple[Neurons, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons that stay, by router row."""
+        return tuple(len(neurons) for neurons in self.retained)
+
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers by falling width; experts of width 0 are in none."""
+        widths = self.widths
+        return tuple(
+            Tier(width, tuple(row for row, w in enumerate(widths) if w == width))
+            for width in sorted(set(widths) - {0}, reverse=True)
+        )
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """A whole model's plan.
+
+    Attributes:
+        recipe: what was asked for.
+        formula: the criterion's formula and source, for the record.
+        model_name, model_fingerprint, gguf_arch: the checkpoint it was made for.
+        stats_fingerprint: sha256 of what the stats held; None for a plan written by hand.
+        dataset: (name, tokens) of every calibration text.
+        n_expert, n_expert_used, n_ff_exp: of the unpruned model.
+        layers: every MoE layer, by rising index.
+        notes: what a person should know: experts without calibration tokens, protected experts, rounding.
+        tensors: every tensor of the file that `prune` writes, with its type and so its bytes.
+        encoded: the same tensors as `quantize` will write them, where the recipe names a target.
+    """
+
+    recipe: Recipe
+    formula: str
+    model_name: str
+    model_fingerprint: str
+    gguf_arch: str
+    stats_fingerprint: str | None
+    dataset: tuple[tuple[str, int], ...]
+    n_expert: int
+    n_expert_used: int
+    n_ff_exp: int
+    layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...] = ()
+    tensors: tuple[TensorSpec, ...] = ()
+    encoded: tuple[TensorSpec, ...] = ()
+
+    @property
+    def kept_share(self) -> float:
+        """Share of routed-expert parameters that stay."""
+        return sum(sum(layer.widths) for layer in self.layers) / (len(self.layers) * self.n_expert * self.n_ff_exp)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors in the file, with the padding between them; the header comes on top."""
+        return sum(spec.padded_bytes for spec in self.tensors)
+
+    @property
+    def encoded_bytes(self) -> int | None:
+        """Bytes of all tensors after quantization, or None where the recipe names no target."""
+        return sum(spec.padded_bytes for spec in self.encoded) if self.encoded else None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer keeps the same number of experts and every expert the same width (the stock layout)."""
+        return len({width for layer in self.layers for width in layer.widths}) == 1 and (
+            len({len(layer.router) for layer in self.layers}) == 1
+        )
+
+    @property
+    def kept_hash(self) -> str:
+        """sha256 over the kept experts and neurons: two files with the same hash were cut the same way."""
+        digest = hashlib.sha256()
+        for layer in self.layers:
+            digest.update(np.array([layer.index, *layer.router], dtype="<u4").tobytes())
+            for neurons in layer.retained:
+                digest.update(pack_mask(neurons, self.n_ff_exp))
+        return digest.hexdigest()
+
+    def check(self) -> None:
+        """Raises GgufToolError, with the layer and the numbers, for a plan that cannot be carried out."""
+        if not self.layers:
+            raise GgufToolError("the plan has no layers")
+        seen: set[int] = set()
+        for layer in self.layers:
+            self._check_layer(layer)
+            if layer.index in seen:
+                raise GgufToolError(f"the plan has layer {layer.index} twice")
+            seen.add(layer.index)
+
+    def _check_layer(self, layer: LayerPlan) -> None:
+        where = f"layer {layer.index}"
+        if len(layer.router) != len(layer.retained):
+            raise GgufToolError(
+                f"{where}: {len(layer.router)} experts in the router, neurons for {len(layer.retained)}"
+            )
+        if list(layer.router) != sorted(set(layer.router)) or not set(layer.router) <= set(range(self.n_expert)):
+            raise GgufToolError(f"{where}: the router's experts are not ascending ids below {self.n_expert}")
+        if len(layer.router) < self.n_expert_used:
+            raise GgufToolError(
+                f"{where}: {len(layer.router)} experts would remain but {self.n_expert_used} are routed per token; "
+                f"keep at least {self.n_expert_used} or lower --ratio"
+            )
+        for expert, neurons in zip(layer.router, layer.retained, strict=True):
+            inside = len(neurons) == 0 or (neurons[0] >= 0 and neurons[-1] < self.n_ff_exp)
+            if not inside or (np.diff(neurons) <= 0).any():
+                raise GgufToolError(f"{where}: the neurons of expert {expert} are not ascending below {self.n_ff_exp}")
+        if not any(layer.widths):
+            raise GgufToolError(f"{where}: no neuron would remain; lower --ratio")
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON, a line an expert."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(dumps(self), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> PrunePlan:
+        """Reads and checks a plan. Raises GgufToolError for a file that is missing, no plan, or impossible."""
+        if not path.is_file():
+            raise GgufToolError(f"{path}: no such plan; `gguftool plan` makes one")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise GgufToolError(f"{path}: not a plan ({error})") from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise GgufToolError(f"{path}: not a gguftool plan")
+        if raw.get("version") != VERSION:
+            raise GgufToolError(f"{path}: plan version {raw.get('version')}, this gguftool reads {VERSION}; plan again")
+        try:
+            plan = _from_json(raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise GgufToolError(f"{path}: the plan lacks or garbles {error}") from error
+        plan.check()
+        return plan
+
+
+def pack_mask(neurons: Neurons, n_ff: int) -> bytes:
+    """Neuron indices as a little-endian bit mask of ceil(n_ff / 8) bytes."""
+    mask = np.zeros(n_ff, dtype=bool)
+    mask[neurons] = True
+    return np.packbits(mask, bitorder="little").tobytes()
+
+
+def unpack_mask(data: bytes, n_ff: int) -> Neurons:
+    """The inverse of `pack_mask`. Raises ValueError where the length or a bit beyond `n_ff` is wrong."""
+    if len(data) != -(-n_ff // 8):
+        raise ValueError(f"a mask of {len(data)} bytes for {n_ff} neurons")
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    if bits[n_ff:].any():
+        raise ValueError(f"a mask with a bit beyond its {n_ff} neurons")
+    return np.nonzero(bits)[0].astype(np.int64)
+
+
+def keep_all(layers: Iterable[int], n_expert: int, n_ff_exp: int) -> tuple[LayerPlan, ...]:
+    """Layers in which everything stays."""
+    every = np.arange(n_ff_exp, dtype=np.int64)
+    return tuple(LayerPlan(index, tuple(range(n_expert)), (every,) * n_expert) for index in layers)
+
+
+def dumps(plan: PrunePlan) -> str:
+    """The plan as JSON text: one line for each expert and each tensor, so that a diff of two plans can be read."""
+    head: dict[str, Any] = {"format": FORMAT, "version": VERSION, "recipe": asdict(plan.recipe)}
+    for key in ("formula", "model_name", "model_fingerprint", "gguf_arch", "stats_fingerprint"):
+        head[key] = getattr(plan, key)
+    head |= {"dataset": [list(item) for item in plan.dataset], "notes": list(plan.notes)}
+    head |= {"n_expert": plan.n_expert, "n_expert_used": plan.n_expert_used, "n_ff_exp": plan.n_ff_exp}
+    head |= {"kept_share": plan.kept_share, "kept_hash": plan.kept_hash, "tensor_bytes": plan.tensor_bytes}
+    head["encoded_bytes"] = plan.encoded_bytes
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    lines.append('  "layers": [')
+    lines.append(",\n".join(_layer_json(layer, plan.n_ff_exp) for layer in plan.layers))
+    lines.append("  ],")
+    for key, specs in (("tensors", plan.tensors), ("encoded", plan.encoded)):
+        lines.append(f'  "{key}": [')
+        lines.extend([",\n".join(f"    {json.dumps(asdict(t) | {'bytes': t.nbytes})}" for t in specs)] if specs else [])
+        lines.append("  ]," if key == "tensors" else "  ]")
+    return "{\n" + "\n".join(lines) + "\n}\n"
+
+
+def _layer_json(layer: LayerPlan, n_ff: int) -> str:
+    experts = []
+    for expert, neurons in zip(layer.router, layer.retained, strict=True):
+        word = {0: "none", n_ff: "all"}.get(len(neurons)) or pack_mask(neurons, n_ff).hex()
+        experts.append(f'      {{"expert": {expert}, "width": {len(neurons)}, "neurons": "{word}"}}')
+    tiers = [{"width": tier.width, "count": len(tier.rows)} for tier in layer.tiers()]
+    head = f'    {{"layer": {layer.index}, "tiers": {json.dumps(tiers)}, "experts": [\n'
+    return head + ",\n".join(experts) + "\n    ]}"
+
+
+def _from_json(raw: dict[str, Any]) -> PrunePlan:
+    n_ff = int(raw["n_ff_exp"])
+    recipe = dict(raw["recipe"])
+    recipe["depth"] = tuple(recipe["depth"])
+    return PrunePlan(
+        recipe=Recipe(**recipe),
+        **{k: raw[k] for k in ("formula", "model_name", "model_fingerprint", "gguf_arch", "stats_fingerprint")},
+        dataset=tuple((str(name), int(tokens)) for name, tokens in raw["dataset"]),
+        n_expert=int(raw["n_expert"]),
+        n_expert_used=int(raw["n_expert_used"]),
+        n_ff_exp=n_ff,
+        layers=tuple(_layer_from_json(layer, n_ff) for layer in raw["layers"]),
+        notes=tuple(raw["notes"]),
+        tensors=_specs(raw["tensors"]),
+        encoded=_specs(raw["encoded"]),
+    )
+
+
+def _specs(raw: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(t["name"], tuple(t["ne"]), t["type"]) for t in raw)
+
+
+def _layer_from_json(raw: dict[str, Any], n_ff: int) -> LayerPlan:
+    router, retained = [], []
+    for row in raw["experts"]:
+        router.append(int(row["expert"]))
+        retained.append(_neurons(row, n_ff))
+        if len(retained[-1]) != int(row["width"]):
+            raise ValueError(
+                f"layer {raw['layer']}, expert {row['expert']}: width {row['width']}, mask of {len(retained[-1])}"
+            )
+    return LayerPlan(int(raw["layer"]), tuple(router), tuple(retained))
+
+
+def _neurons(row: dict[str, Any], n_ff: int) -> Neurons:
+    words: dict[str, Sequence[int] | Neurons] = {"all": np.arange(n_ff), "none": np.arange(0)}
+    word = str(row["neurons"])
+    return np.asarray(words[word] if word in words else unpack_mask(bytes.fromhex(word), n_ff), dtype=np.int64)

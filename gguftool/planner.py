@@ -1,0 +1,97 @@
+"""From stats and a recipe to a plan: run the method, say what it did, count the bytes. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from . import encoding, layout
+from .errors import GgufToolError
+from .methods import method
+from .plan import PrunePlan
+from .recipe import Recipe
+from .stats import CalibrationStats
+
+DEFAULT_ALIGN = 32
+
+
+def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
+    """The plan that `recipe` leads to. Raises GgufToolError where it is impossible, with the layer and the numbers."""
+    facts = stats.model
+    how = method(recipe.method)
+    if recipe.layout == "stock" and not how.stock:
+        raise GgufToolError(
+            f"--layout stock: {recipe.method} gives experts different widths, which only the tiered layout can hold; "
+            "take a whole-expert method or enp, or leave --layout out"
+        )
+    mix = encoding.MixFacts.of_tensors(
+        facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert, has_imatrix=True, twins=True
+    )
+    align = recipe.align or _alignment(stats, recipe, mix)
+    if align > facts.n_ff_exp:
+        raise GgufToolError(f"--align {align}: experts have only {facts.n_ff_exp} neurons")
+    decision = how.decide(stats, recipe, align)
+    plan = PrunePlan(
+        recipe=replace(recipe, align=align),
+        formula=decision.formula,
+        model_name=facts.name,
+        model_fingerprint=facts.fingerprint,
+        gguf_arch=facts.gguf_arch,
+        stats_fingerprint=fingerprint(stats),
+        dataset=tuple((domain.name, domain.tokens) for domain in stats.domains),
+        n_expert=facts.n_expert,
+        n_expert_used=facts.n_expert_used,
+        n_ff_exp=facts.n_ff_exp,
+        layers=decision.layers,
+        notes=(*decision.notes, *_unrouted(stats)),
+    )
+    plan.check()
+    plan = replace(plan, notes=(*plan.notes, *_rounding(plan)))
+    tensors = tuple(piece.spec for piece in layout.pieces(plan, facts.tensors, encoding.TWINS))
+    encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()
+    return replace(plan, tensors=tensors, encoded=encoded)
+
+
+def _alignment(stats: CalibrationStats, recipe: Recipe, mix: encoding.MixFacts) -> int:
+    """The multiple of neurons that the target's blocks want, as far as experts are that wide."""
+    if recipe.target is None:
+        return min(DEFAULT_ALIGN, stats.model.n_ff_exp)
+    types = encoding.expert_types(stats.model.tensors, recipe.target, mix)
+    multiple = encoding.alignment(recipe.target, types)
+    # Experts no wider than two blocks of 256 would only be kept or dropped: finer widths are worth more than the bits.
+    return multiple if multiple * 2 <= stats.model.n_ff_exp else min(DEFAULT_ALIGN, stats.model.n_ff_exp)
+
+
+def _rounding(plan: PrunePlan) -> list[str]:
+    gone = 1 - plan.kept_share
+    if abs(gone - plan.recipe.ratio) < 0.005:
+        return []
+    return [
+        f"{100 * gone:.1f} % of routed-expert parameters go, not {100 * plan.recipe.ratio:.1f} %: the method cuts in steps "
+        f"of whole experts or of {plan.recipe.align} neurons"
+    ]
+
+
+def _unrouted(stats: CalibrationStats) -> list[str]:
+    unrouted = stats.expert("count") == 0
+    if not unrouted.any():
+        return []
+    layers = ", ".join(
+        f"{index} ({int(row.sum())})" for index, row in zip(stats.model.moe_layers, unrouted, strict=True) if row.any()
+    )
+    return [
+        f"{int(unrouted.sum())} experts were never routed in {stats.tokens} calibration tokens, by layer: {layers}; "
+        "they have no mean and rank last: calibrate on more text if that surprises you"
+    ]
+
+
+def fingerprint(stats: CalibrationStats) -> str:
+    """sha256 over the model, the texts and every accumulator of the stats."""
+    digest = hashlib.sha256(json.dumps([asdict(domain) for domain in stats.domains]).encode())
+    digest.update(stats.model.fingerprint.encode())
+    for values in (*stats.experts.values(), *stats.neurons.values(), stats.expert_inputs):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

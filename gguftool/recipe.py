@@ -1,0 +1,56 @@
+"""Recipe: what a user asks of a plan. A value; it is stored in the plan that it leads to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import GgufToolError
+
+LAYOUTS = ("auto", "stock")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to prune.
+
+    Attributes:
+        method: name in `methods.METHODS`.
+        ratio: share of routed-expert parameters that goes, 0 <= ratio < 1.
+        target: file type that the pruned model will be quantized to (Q4_K_M...); None keeps the base file's types.
+        align: widths are multiples of this; None takes what the target type asks for.
+        max_tiers: most widths above zero in a layer.
+        layout: "stock" wants a file for any llama.cpp: one width, one number of experts everywhere.
+        criterion: overrides the method's criterion (an expert or a neuron criterion, by the method).
+        whole: TENP's alpha, share of experts kept whole; None takes min(0.3, half of what is kept).
+        depth: TENP's weights of the first and the last layer for whole experts.
+        guard: protect super experts from whole-expert drops.
+        seed: of the random controls.
+    """
+
+    method: str
+    ratio: float
+    target: str | None = None
+    align: int | None = None
+    max_tiers: int = 4
+    layout: str = "auto"
+    criterion: str | None = None
+    whole: float | None = None
+    depth: tuple[float, float] = (1.0, 2.0)
+    guard: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < 1.0:
+            raise GgufToolError(f"--ratio {self.ratio} is not a share from 0 up to, but without, 1")
+        if self.whole is not None and not 0.0 <= self.whole <= 1.0 - self.ratio:
+            raise GgufToolError(
+                f"--whole {self.whole}: at --ratio {self.ratio} at most {1 - self.ratio:.3g} of the experts can stay whole"
+            )
+        if self.max_tiers < 1:
+            raise GgufToolError(f"--max-tiers {self.max_tiers} is less than 1")
+        if self.align is not None and self.align < 1:
+            raise GgufToolError(f"--align {self.align} is less than 1")
+        if self.layout not in LAYOUTS:
+            raise GgufToolError(f"--layout {self.layout!r} is not one of {', '.join(LAYOUTS)}")
+        if min(self.depth) < 0 or max(self.depth) <= 0:
+            raise GgufToolError(f"--depth {self.depth[0]}:{self.depth[1]} needs weights of 0 or more, one above 0")

@@ -1,0 +1,203 @@
+"""CalibrationStats: what one forward pass over the corpus measured. The dear file; plans are made from it for free.
+
+Sums and counts are kept in float64 and divided on read. On disk: one safetensors file, arrays plus a JSON header.
+
+Symbols (see `saliency`): token t, expert e, x_t the input of the MoE block, g_e(t) the router weight really multiplied in,
+h_t the neurons act(gate)*up, W the down projection, f_e(t) = W h_t the ungated output, p_k = h_k <W_:k, f>/||f||.
+D domains (one per --data), L MoE layers, E experts, K neurons of an expert, d the width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import GgufToolError
+from .tensors import TensorSpec
+
+FORMAT = "gguftool.stats"
+VERSION = 1
+
+Array = NDArray[np.float64]
+
+# Sums over the tokens routed to an expert: [D, L, E].
+EXPERT_SUMS: dict[str, str] = {
+    "count": "sum of 1",
+    "gate": "sum of g",
+    "gate_sq": "sum of g^2",
+    "norm": "sum of ||f||",
+    "norm_sq": "sum of ||f||^2",
+    "gate_norm": "sum of g ||f||",
+    "gate_sq_norm_sq": "sum of g^2 ||f||^2",
+    "turn": "sum of g ||f|| (1 - cos(x, f))",
+    "max_out": "largest |f_i| (a maximum, not a sum)",
+}
+# Sums over the same tokens for every neuron, all domains together: [L, E, K].
+NEURON_SUMS: dict[str, str] = {
+    "h_sq": "sum of h_k^2",
+    "gate_sq_h_sq": "sum of g^2 h_k^2",
+    "proj": "sum of p_k",
+    "proj_abs": "sum of |p_k|",
+}
+# Constants of the weights, so that a plan never has to read a tensor: [L, E, K].
+WEIGHT_NORMS = {"down_norm_sq": "||W_:k||^2"}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One calibration text: its file name, the sha256 of its bytes, and how many of its tokens were used."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs to know of the checkpoint, without the checkpoint.
+
+    `fingerprint` is a sha256 over config.json and the names, shapes, types and leading bytes of every tensor.
+    `moe_layers` holds the decoder index of each of the L layers that have experts. `tensors` is every tensor of the
+    unpruned GGUF as the converter would write it, so that bytes can be counted before anything is written.
+    """
+
+    name: str
+    fingerprint: str
+    model_type: str
+    gguf_arch: str
+    block_count: int
+    moe_layers: tuple[int, ...]
+    n_expert: int
+    n_expert_used: int
+    n_ff_exp: int
+    n_embd: int
+    n_vocab: int
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationStats:
+    """The accumulators of one calibration.
+
+    Attributes:
+        model: facts of the checkpoint that was calibrated.
+        domains: the D calibration texts, in the order of the leading axis of `experts`.
+        n_ctx: tokens in a window.
+        experts: name in EXPERT_SUMS -> float64 [D, L, E].
+        neurons: name in NEURON_SUMS or WEIGHT_NORMS -> float64 [L, E, K].
+        expert_inputs: sum of x^2 over the tokens routed to an expert, [L, E, d] (the imatrix of gate and up).
+        linears: GGUF tensor name -> (sum of x^2 over all tokens, [columns]), the imatrix of every other matrix.
+        linear_tokens: how many tokens those sums run over.
+    """
+
+    model: ModelFacts
+    domains: tuple[Domain, ...]
+    n_ctx: int
+    experts: Mapping[str, Array]
+    neurons: Mapping[str, Array]
+    expert_inputs: Array
+    linears: Mapping[str, Array] = field(default_factory=dict)
+    linear_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens over all domains."""
+        return sum(domain.tokens for domain in self.domains)
+
+    def expert(self, name: str) -> Array:
+        """An expert accumulator over all domains, [L, E]: the sum, or the maximum for `max_out`."""
+        values = self.experts[name]
+        return values.max(axis=0) if name == "max_out" else values.sum(axis=0)
+
+    def check(self) -> None:
+        """Raises GgufToolError where a shape is wrong, a value is not finite or a routed token was lost."""
+        n_layers, n_expert, width = len(self.model.moe_layers), self.model.n_expert, self.model.n_ff_exp
+        want = {name: (len(self.domains), n_layers, n_expert) for name in EXPERT_SUMS}
+        want |= {name: (n_layers, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
+        have: dict[str, Array] = {**self.experts, **self.neurons}
+        for name, shape in want.items():
+            if name not in have:
+                raise GgufToolError(f"the stats lack {name!r}; calibrate again")
+            if have[name].shape != shape:
+                raise GgufToolError(f"the stats' {name!r} has shape {have[name].shape}, not {shape}; calibrate again")
+        if self.expert_inputs.shape != (n_layers, n_expert, self.model.n_embd):
+            raise GgufToolError(f"the stats' 'expert_inputs' has shape {self.expert_inputs.shape}; calibrate again")
+        for name, values in (*have.items(), ("expert_inputs", self.expert_inputs), *self.linears.items()):
+            if not np.isfinite(values).all():
+                raise GgufToolError(f"the stats' {name!r} is not finite; the checkpoint or its calibration overflowed")
+        routed = self.experts["count"].sum(axis=2)
+        expected = np.array([[domain.tokens * self.model.n_expert_used] for domain in self.domains], dtype=np.float64)
+        if not np.array_equal(routed, np.broadcast_to(expected, routed.shape)):
+            raise GgufToolError(
+                f"{int(routed.sum())} routed tokens were counted, not tokens x top-k = {int(expected.sum()) * n_layers}"
+            )
+
+    def save(self, path: Path) -> None:
+        """Writes the stats to `path`, first to `path`.partial."""
+        from safetensors.numpy import save_file
+
+        arrays = {f"expert.{k}": v for k, v in self.experts.items()}
+        arrays |= {f"neuron.{k}": v for k, v in self.neurons.items()}
+        arrays |= {f"linear.{k}": v for k, v in self.linears.items()}
+        arrays["expert_inputs"] = self.expert_inputs
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": asdict(self.model),
+            "domains": [asdict(domain) for domain in self.domains],
+            "n_ctx": self.n_ctx,
+            "linear_tokens": self.linear_tokens,
+        }
+        partial = path.with_name(path.name + ".partial")
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, {"gguftool": json.dumps(header)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> CalibrationStats:
+        """Reads and checks stats. Raises GgufToolError for a file that is missing, damaged or something else."""
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise GgufToolError(f"{path}: no such stats file; `gguftool calibrate` makes one")
+        try:
+            with safe_open(path, "numpy") as file:
+                header = json.loads((file.metadata() or {}).get("gguftool", "{}"))
+                if header.get("format") != FORMAT:
+                    raise GgufToolError(f"{path}: not gguftool stats; `gguftool calibrate` makes them")
+                if header.get("version") != VERSION:
+                    raise GgufToolError(
+                        f"{path}: stats version {header.get('version')}, this gguftool reads {VERSION}; calibrate again"
+                    )
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+            raise GgufToolError(f"{path}: damaged stats file ({error})") from error
+        try:
+            stats = cls(
+                model=_model_facts(header["model"]),
+                domains=tuple(Domain(**domain) for domain in header["domains"]),
+                n_ctx=int(header["n_ctx"]),
+                experts=_with_prefix(arrays, "expert."),
+                neurons=_with_prefix(arrays, "neuron."),
+                expert_inputs=arrays["expert_inputs"],
+                linears=_with_prefix(arrays, "linear."),
+                linear_tokens=int(header["linear_tokens"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise GgufToolError(f"{path}: the stats header lacks or garbles {error}; calibrate again") from error
+        stats.check()
+        return stats
+
+
+def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _model_facts(raw: dict[str, Any]) -> ModelFacts:
+    tensors = tuple(TensorSpec(t["name"], tuple(t["ne"]), t["type"]) for t in raw["tensors"])
+    return ModelFacts(**{**raw, "moe_layers": tuple(raw["moe_layers"]), "tensors": tensors})

@@ -1,0 +1,179 @@
+"""Tiers: the few widths that the experts of one layer may have, chosen so that rounding to them costs least.
+
+An expert's value as a function of its width is concave, because its neurons are sorted by saliency. So at a price per
+neuron the best of a set of widths is one of the two that enclose the unconstrained optimum, and the best set is found
+exactly by dynamic programming over the widths of the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import GgufToolError
+from .stats import Array
+
+Ints = NDArray[np.int64]
+
+
+MAX_GRID = 64
+
+
+def width_grid(n_ff: int, align: int) -> Ints:
+    """The widths that an expert may keep: 0, every multiple of `align` below `n_ff`, and `n_ff`.
+
+    Wide experts (Mixtral: 14336 neurons) take a coarser multiple, so that the grid has at most MAX_GRID steps: finer
+    steps there bring nothing that can be measured and the search over widths is quadratic in them.
+    """
+    align *= -(-n_ff // (align * MAX_GRID))
+    return np.unique(np.append(np.arange(0, n_ff, align), n_ff)).astype(np.int64)
+
+
+def value_curves(saliency: Array, grid: Ints) -> Array:
+    """Value kept by the best `grid[i]` neurons of every expert: [L, E, K] -> [L, E, len(grid)].
+
+    A negative saliency (ENP's projection may be one) counts as zero here: a neuron that is kept cannot cost.
+    """
+    ordered = -np.sort(-np.maximum(saliency, 0.0), axis=2)
+    total = np.concatenate([np.zeros((*ordered.shape[:2], 1)), np.cumsum(ordered, axis=2)], axis=2)
+    return total[:, :, grid]
+
+
+def best_widths(curves: Array, grid: Ints, price: float, max_tiers: int) -> Ints:
+    """Widths of one layer's experts that maximise sum(value - price * width) with at most `max_tiers` widths above 0.
+
+    Args:
+        curves: value of each expert at each width of the grid, [E, G], concave along the grid.
+        grid: widths, rising, grid[0] == 0: [G].
+        price: value that one neuron has to bring.
+
+    Returns:
+        Index into the grid for every expert, [E].
+    """
+    n_grid = len(grid)
+    cost = price * grid[None, :] - curves
+    wish = cost.argmin(axis=1)
+    members = [np.nonzero(wish > i)[0] for i in range(n_grid)]
+    # between[i][j]: cost of the experts whose wish lies in (i, j] where i and j are neighbours in the chosen set.
+    between = np.full((n_grid, n_grid), np.inf)
+    for i in range(n_grid):
+        mine = members[i]
+        for j in range(i + 1, n_grid):
+            inside = mine[wish[mine] <= j]
+            between[i, j] = np.minimum(cost[inside, i], cost[inside, j]).sum()
+    above = np.array([cost[members[i], i].sum() for i in range(n_grid)])
+    at_zero = float(cost[wish == 0, 0].sum())
+    best = np.full((max_tiers + 1, n_grid), np.inf)
+    came = np.zeros((max_tiers + 1, n_grid), dtype=np.int64)
+    best[0, 0] = at_zero
+    for used in range(1, max_tiers + 1):
+        step = best[used - 1][:, None] + between
+        came[used] = step.argmin(axis=0)
+        best[used] = step.min(axis=0)
+    used, last = (int(i) for i in np.unravel_index(np.argmin(best + above[None, :]), best.shape))
+    chosen = [last]
+    while used > 0:
+        last = int(came[used, last])
+        used -= 1
+        chosen.append(last)
+    allowed = np.array(sorted(set(chosen) | {0}))
+    return allowed[cost[:, allowed].argmin(axis=1)].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may keep: `neurons` over all experts and layers, at widths of `grid`, in at most `max_tiers` a layer."""
+
+    neurons: int
+    grid: Ints
+    max_tiers: int
+
+
+def allocate(curves: Array, budget: Budget) -> Ints:
+    """Widths for every expert of every layer that keep the most value within one global budget.
+
+    A bisection over the price of a neuron; each layer then has its best set of tiers at that price. What the last step
+    leaves over goes to whole layers, then to single experts that fit into the next tier of their layer.
+
+    Args:
+        curves: [L, E, G] from `value_curves`.
+
+    Returns:
+        Widths, [L, E].
+    """
+    grid, n_layers = budget.grid, len(curves)
+    if budget.neurons < n_layers * int(grid[1]):
+        raise GgufToolError(
+            f"{budget.neurons} neurons would remain for {n_layers} layers, less than one tier of {grid[1]} in each; "
+            "lower --ratio"
+        )
+
+    def solve(price: float) -> Ints:
+        return np.stack([_never_empty(best_widths(layer, grid, price, budget.max_tiers), layer) for layer in curves])
+
+    def kept(choice: Ints) -> int:
+        return int(grid[choice].sum())
+
+    # Free neurons first: what has no value at all is not kept unless everything is.
+    low, high = 0.0, float((curves[:, :, 1] / grid[1]).max()) * 2 + 1e-300
+    full = np.full(curves.shape[:2], len(grid) - 1, dtype=np.int64)
+    if kept(full) <= budget.neurons:
+        return grid[full]
+    rich, poor = full, solve(high)
+    for _ in range(60):
+        price = (low * high) ** 0.5 if low > 0 else high / 2**8
+        middle = solve(price)
+        if kept(middle) <= budget.neurons:
+            poor, high = middle, price
+        else:
+            rich, low = middle, price
+        if high - low <= 1e-12 * high or high < 1e-290:
+            break
+    return grid[_spend_rest(_layers_from_rich(poor, rich, budget), curves, budget)]
+
+
+def _never_empty(choice: Ints, curves: Array) -> Ints:
+    """A layer in which nothing is kept cannot be written: its best expert keeps the narrowest width."""
+    if not choice.any():
+        choice = choice.copy()
+        choice[int(curves[:, 1].argmax())] = 1
+    return choice
+
+
+def _layers_from_rich(poor: Ints, rich: Ints, budget: Budget) -> Ints:
+    chosen = poor.copy()
+    left = budget.neurons - int(budget.grid[chosen].sum())
+    for layer in range(len(chosen)):
+        more = int(budget.grid[rich[layer]].sum() - budget.grid[chosen[layer]].sum())
+        if 0 < more <= left:
+            chosen[layer] = rich[layer]
+            left -= more
+    return chosen
+
+
+def _spend_rest(choice: Ints, curves: Array, budget: Budget) -> Ints:
+    """Widens single experts to the next width that their layer uses, best value per neuron first, while it fits."""
+    grid, chosen = budget.grid, choice.copy()
+    left = budget.neurons - int(grid[chosen].sum())
+    while left >= grid[1]:
+        best: tuple[float, int, int, int] | None = None
+        for layer, row in enumerate(chosen):
+            used = np.unique(row[row > 0])
+            if len(used) < budget.max_tiers:
+                used = np.arange(1, len(grid))
+            for expert, now in enumerate(row):
+                above = used[used > now]
+                if not len(above) or grid[above[0]] - grid[now] > left:
+                    continue
+                target = int(above[0])
+                density = (curves[layer, expert, target] - curves[layer, expert, now]) / (grid[target] - grid[now])
+                if best is None or density > best[0]:
+                    best = (float(density), layer, expert, target)
+        if best is None or best[0] <= 0:
+            break
+        _, layer, expert, target = best
+        left -= int(grid[target] - grid[chosen[layer, expert]])
+        chosen[layer, expert] = target
+    return chosen

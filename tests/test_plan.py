@@ -1,0 +1,177 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gguftool import layout
+from gguftool.encoding import TWINS
+from gguftool.errors import GgufToolError
+from gguftool.methods import METHODS, drop_experts, trapezoid
+from gguftool.plan import PrunePlan, dumps, pack_mask, unpack_mask
+from gguftool.planner import make_plan
+from gguftool.recipe import Recipe
+from gguftool.saliency import expert_criterion, neuron_criterion, super_experts
+from synthetic import make_plan as plan_of
+from synthetic import make_stats
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5])
+def test_every_method_makes_a_plan_that_survives_the_disk(name, ratio, tmp_path):
+    stats = make_stats()
+    plan = make_plan(stats, Recipe(name, ratio, target="Q8_0", align=8))
+    assert abs((1 - plan.kept_share) - ratio) < 0.05
+    assert plan.uniform if METHODS[name].stock or ratio == 0 else True
+    plan.save(tmp_path / "plan.json")
+    again = PrunePlan.load(tmp_path / "plan.json")
+    assert dumps(again) == dumps(plan)
+    assert again.kept_hash == plan.kept_hash
+    assert plan.encoded_bytes < plan.tensor_bytes
+
+
+def test_coarse_steps_are_said():
+    plan = make_plan(make_stats(), Recipe("enp", 0.25, align=32))
+    assert plan.kept_share == 1.0 and any("0.0 % of routed-expert parameters go, not 25.0 %" in n for n in plan.notes)
+
+
+def test_ratio_zero_keeps_every_tensor():
+    stats = make_stats()
+    for name in METHODS:
+        assert make_plan(stats, Recipe(name, 0.0)).tensors == stats.model.tensors
+
+
+def test_family_by_hand():
+    stats = make_stats(n_layer=1, n_expert=2)
+    for name, values in {"count": [4, 0], "norm": [8, 0], "norm_sq": [20, 0], "gate_norm": [2, 0]}.items():
+        stats.experts[name][:] = np.array(values, dtype=float)
+    assert expert_criterion("man").measure(stats).tolist() == [[2.0, 0.0]]
+    assert expert_criterion("msan").measure(stats).tolist() == [[5.0, 0.0]]
+    assert expert_criterion("reap").measure(stats).tolist() == [[0.5, 0.0]]
+    assert expert_criterion("frequency").measure(stats).tolist() == [[4.0, 0.0]]
+    assert expert_criterion("1,0,2").measure(stats).tolist() == [[5.0, 0.0]]
+    assert neuron_criterion("enp").measure(stats)[0, 1].tolist() == [0.0] * 64
+
+
+def test_tenp_importance_is_normalised_by_layer_and_domain():
+    stats = make_stats(n_layer=1, n_expert=2)
+    domain = stats.domains[0]
+    experts = {k: np.concatenate([v, v]) for k, v in stats.experts.items()}
+    experts["turn"] = np.array([[[3.0, 4.0]], [[0.0, 100.0]]])
+    stats = replace(stats, domains=(domain, domain), experts=experts)
+    assert expert_criterion("tenp-importance").measure(stats).tolist() == [[0.6, 1.8]]
+
+
+def test_tenp_shape():
+    stats = make_stats(n_layer=4, n_expert=16)
+    plan = make_plan(stats, Recipe("tenp", 0.4, align=8))
+    whole = [sum(width == 64 for width in layer.widths) for layer in plan.layers]
+    assert whole == sorted(whole) and sum(whole) == round(0.3 * 64)
+    rest = {width for layer in plan.layers for width in layer.widths if width != 64}
+    assert max(rest) - min(rest) <= 8
+    assert plan.kept_share == pytest.approx(0.6, abs=8 / (4 * 16 * 64))
+
+
+def test_trapezoid():
+    assert trapezoid(12, 3, 8, (1, 2)).tolist() == [3, 4, 5]
+    assert trapezoid(12, 3, 8, (1, 1)).tolist() == [4, 4, 4]
+    assert trapezoid(24, 3, 8, (1, 2)).tolist() == [8, 8, 8]
+    assert trapezoid(20, 3, 8, (1, 5)).sum() == 20
+
+
+def test_super_experts_are_protected_and_reported():
+    stats = make_stats(n_layer=1)
+    stats.experts["max_out"][:] = 1.0
+    stats.experts["max_out"][0, 0, 3] = 50.0
+    saliency = np.arange(8.0)[None]
+    assert super_experts(stats) == [(0, 3)]
+    layers, notes = drop_experts(stats, saliency, Recipe("man", 0.5))
+    assert layers[0].router == (3, 5, 6, 7) and "super expert 3" in notes[0]
+    layers, notes = drop_experts(stats, saliency, Recipe("man", 0.5, guard=False))
+    assert layers[0].router == (4, 5, 6, 7) and not notes
+
+
+def test_controls():
+    stats = make_stats()
+    best = make_plan(stats, Recipe("gated-sum", 0.5, guard=False))
+    worst = make_plan(stats, Recipe("inverted", 0.5))
+    for good, bad in zip(best.layers, worst.layers, strict=True):
+        assert set(good.router).isdisjoint(bad.router)
+    assert (
+        make_plan(stats, Recipe("random", 0.5, seed=1)).kept_hash != make_plan(stats, Recipe("random", 0.5)).kept_hash
+    )
+
+
+def test_unrouted_experts_are_named():
+    stats = make_stats(n_layer=1)
+    stats.experts["count"][0, 0, :2] = 0
+    plan = make_plan(stats, Recipe("man", 0.25))
+    assert any("2 experts were never routed" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (dict(method="reap", ratio=0.9), "2 are routed per token"),
+        (dict(method="raep", ratio=0.4), "did you mean reap"),
+        (dict(method="global", ratio=0.4, layout="stock"), "tiered layout"),
+        (dict(method="global", ratio=0.4, criterion="engp"), "enp"),
+        (dict(method="0,1,2", ratio=0.4), "not measured"),
+        (dict(method="global", ratio=0.4, align=128), "only 64 neurons"),
+        (dict(method="global", ratio=0.4, target="Q4_KM"), "Q4_K_M"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_numbers(recipe, message):
+    with pytest.raises(GgufToolError, match=message):
+        make_plan(make_stats(), Recipe(**recipe))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+def test_ratio_is_a_share(ratio):
+    with pytest.raises(GgufToolError, match="share"):
+        Recipe("global", ratio)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:-40], "not a plan"),
+        (lambda text: "[]", "not a gguftool plan"),
+        (lambda text: text.replace('"version": 1', '"version": 9'), "version 9"),
+        (lambda text: text.replace('"width": ', '"width": 1'), "garbles"),
+        (lambda text: text.replace('"n_expert": 8', '"n_expert": 4'), "ids below 4"),
+        (lambda text: text.replace('"n_expert_used": 2', '"n_expert_used": 9'), "9 are routed"),
+    ],
+)
+def test_a_wrong_plan_is_one_clear_line(damage, message, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(damage(dumps(make_plan(make_stats(), Recipe("global", 0.4)))))
+    with pytest.raises(GgufToolError, match=message) as caught:
+        PrunePlan.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_masks():
+    kept = np.array([0, 3, 8, 9])
+    assert pack_mask(kept, 10) == bytes([0b1001, 0b11])
+    assert unpack_mask(bytes([0b1001, 0b11]), 10).tolist() == kept.tolist()
+    with pytest.raises(ValueError):
+        unpack_mask(bytes([0, 0b100]), 10)
+
+
+def test_layout_of_a_tiered_layer():
+    plan = plan_of([[64, 32, 0, 32], [64, 64, 64, 64]], 64, 2)
+    specs = {p.spec.name: p.spec for p in layout.pieces(plan, make_stats(2, 4).model.tensors, TWINS)}
+    assert specs["blk.0.ffn_exps_tier.weight"].ne == (4, 2)
+    assert specs["blk.0.ffn_gate_exps.0.weight"].ne == (32, 64, 1)
+    assert specs["blk.0.ffn_down_exps.1.weight"].ne == (32, 32, 2)
+    assert "blk.0.ffn_up_exps.weight" not in specs and "blk.1.ffn_up_exps.weight" in specs
+
+
+def test_layout_refuses_another_model():
+    plan = plan_of([[64, 32, 0, 32], [64, 64, 64, 64]], 64, 2)
+    with pytest.raises(GgufToolError, match="another model"):
+        layout.pieces(plan, make_stats(2, 8).model.tensors, TWINS)
+    with pytest.raises(GgufToolError, match="no layer 2"):
+        layout.pieces(plan, make_stats(3, 4).model.tensors, TWINS)
+    with pytest.raises(GgufToolError, match="no experts in layer 1"):
+        layout.pieces(plan, make_stats(1, 4).model.tensors, TWINS)

@@ -1,0 +1,83 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gguftool.errors import GgufToolError
+from gguftool.tiers import MAX_GRID, Budget, allocate, best_widths, value_curves, width_grid
+
+
+def brute_force(curves, grid, price, max_tiers):
+    best = np.inf
+    for size in range(max_tiers + 1):
+        for chosen in combinations(range(1, len(grid)), size):
+            allowed = [0, *chosen]
+            best = min(best, (price * grid[allowed] - curves[:, allowed]).min(axis=1).sum())
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.floats(0.0, 0.4))
+def test_the_set_of_tiers_is_the_best_there_is(seed, max_tiers, price):
+    rng = np.random.default_rng(seed)
+    grid = width_grid(48, 8)
+    curves = value_curves(rng.random((1, 6, 48)) ** 4, grid)[0]
+    chosen = best_widths(curves, grid, price, max_tiers)
+    assert len(set(chosen[chosen > 0])) <= max_tiers
+    found = (price * grid[chosen] - curves[np.arange(6), chosen]).sum()
+    assert found == pytest.approx(brute_force(curves, grid, price, max_tiers), abs=1e-9)
+
+
+def test_grid():
+    assert width_grid(100, 32).tolist() == [0, 32, 64, 96, 100]
+    assert width_grid(64, 64).tolist() == [0, 64]
+    wide = width_grid(14336, 32)
+    assert len(wide) <= MAX_GRID + 1 and wide[-1] == 14336 and wide[1] % 32 == 0
+
+
+def test_value_curves_by_hand():
+    curves = value_curves(np.array([[[1.0, 5.0, -3.0, 2.0]]]), np.array([0, 1, 2, 4]))
+    assert curves.tolist() == [[[0.0, 5.0, 7.0, 8.0]]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.integers(1, 4))
+def test_the_budget_holds_and_is_used(seed, share, max_tiers):
+    rng = np.random.default_rng(seed)
+    grid = width_grid(64, 8)
+    curves = value_curves(rng.random((3, 8, 64)) ** 3, grid)
+    budget = Budget(int(share * 3 * 8 * 64), grid, max_tiers)
+    widths = allocate(curves, budget)
+    assert widths.sum() <= budget.neurons
+    assert (widths.sum(axis=1) > 0).all()
+    assert all(len(set(row[row > 0])) <= max_tiers for row in widths)
+    # What is left over is less than the widest step between two tiers of a layer.
+    assert budget.neurons - widths.sum() < 64
+
+
+def test_more_tiers_keep_more_value():
+    rng = np.random.default_rng(5)
+    grid = width_grid(64, 8)
+    curves = value_curves(rng.random((2, 16, 64)) ** 4 * rng.random((2, 16, 1)), grid)
+    kept = []
+    for max_tiers in (1, 2, 4, 8):
+        widths = allocate(curves, Budget(1200, grid, max_tiers))
+        at = np.searchsorted(grid, widths)
+        kept.append(np.take_along_axis(curves, at[..., None], axis=2).sum())
+    assert kept == sorted(kept) and kept[-1] > kept[0]
+
+
+def test_a_layer_without_value_still_keeps_one_tier():
+    grid = width_grid(32, 8)
+    saliency = np.ones((2, 4, 32))
+    saliency[1] = 0.0
+    widths = allocate(value_curves(saliency, grid), Budget(4 * 32, grid, 4))
+    assert widths[1].sum() == 8
+
+
+def test_a_budget_below_one_tier_a_layer_is_refused():
+    grid = width_grid(32, 8)
+    with pytest.raises(GgufToolError, match="lower --ratio"):
+        allocate(value_curves(np.ones((4, 2, 32)), grid), Budget(31, grid, 4))
