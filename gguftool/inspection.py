@@ -1,0 +1,195 @@
+"""inspect: what a GGUF holds, expert by expert, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+
+from . import cut, encoding
+from .errors import GgufToolError
+from .gguf_file import GgufFile
+from .layout import STOCK, TIERED, parse, tier_name
+from .tensors import BLOCKS, TensorSpec
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One MoE layer of a file: widths by router row, original expert ids where the file knows them, tiers."""
+
+    index: int
+    experts: tuple[tuple[int, int], ...]
+    tiers: tuple[tuple[int, int, dict[str, str]], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "layer": self.index,
+            "experts": [{"expert": expert, "width": width} for expert, width in self.experts],
+            "tiers": [
+                {"width": width, "count": count, "type": types.get("down", ""), "types": types}
+                for width, count, types in self.tiers
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found."""
+
+    file: GgufFile
+    layout: str
+    layers: tuple[LayerView, ...]
+    pruned: cut.Cut | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json; `bytes` is the file's size."""
+        file = self.file
+        experts = [t for t in file.tensors if (name := parse(t.name)) and name.role != "router"]
+        return {
+            "path": str(file.path),
+            "arch": file.arch,
+            "name": file.value("general.name", ""),
+            "file_type": encoding.file_type_name(int(file.value("general.file_type", 0))),
+            "layout": self.layout,
+            "bytes": file.path.stat().st_size,
+            "tensor_bytes": sum(t.padded_bytes for t in file.tensors),
+            "expert_bytes": sum(t.nbytes for t in experts),
+            "method": self.pruned.method if self.pruned else None,
+            "ratio": file.value(f"{cut.KEY}ratio", 0.0),
+            "base": file.value(f"{cut.KEY}base.name", None),
+            "kept_hash": file.value(f"{cut.KEY}kept_hash", None),
+            "layers": [layer.as_dict() for layer in self.layers],
+        }
+
+
+def inspect(file: GgufFile) -> Inspection:
+    """Reads the experts of every layer. Raises GgufToolError where tier map and tensors contradict each other."""
+    specs = {spec.name: spec for spec in file.tensors}
+    indices = sorted({name.layer for spec in file.tensors if (name := parse(spec.name)) and name.role != "router"})
+    pruned = cut.read(file)
+    layers = tuple(_layer(file, specs, index, pruned) for index in indices)
+    tiered = any(spec.name.endswith("ffn_exps_tier.weight") for spec in file.tensors)
+    kind = TIERED if tiered else str(file.value(f"{cut.KEY}layout", STOCK))
+    return Inspection(file, kind, layers, pruned)
+
+
+def _layer(file: GgufFile, specs: dict[str, TensorSpec], index: int, pruned: cut.Cut | None) -> LayerView:
+    tier_map = cut.read_tier_map(file, index)
+    if tier_map is None:
+        down = _spec(file, specs, f"blk.{index}.ffn_down_exps.weight")
+        types = _types(specs, [f"blk.{index}.ffn_{role}_exps.weight" for role in ("gate", "up", "down", "gate_up")])
+        widths = [down.ne[0]] * down.ne[2]
+        tiers = [(down.ne[0], down.ne[2], types)]
+    else:
+        widths, tiers = [0] * tier_map.shape[1], []
+        for tier, row in enumerate(tier_map):
+            down = _spec(file, specs, tier_name(index, "down", tier))
+            members = np.nonzero(row >= 0)[0].tolist()
+            if down.ne[2] != len(members):
+                raise GgufToolError(f"{file.path}: {down.name} holds {down.ne[2]} experts, its map {len(members)}")
+            for expert in members:
+                widths[expert] = down.ne[0]
+            names = [tier_name(index, role, tier) for role in ("gate", "up", "down", "gate_up")]
+            tiers.append((down.ne[0], len(members), _types(specs, names)))
+    ids = _original_ids(pruned, index, len(widths))
+    return LayerView(index, tuple(zip(ids, widths, strict=True)), tuple(tiers))
+
+
+def _spec(file: GgufFile, specs: dict[str, TensorSpec], name: str) -> TensorSpec:
+    if name not in specs or len(specs[name].ne) != 3:
+        raise GgufToolError(f"{file.path}: {name} is missing or not a stack of matrices")
+    return specs[name]
+
+
+def _types(specs: dict[str, TensorSpec], names: list[str]) -> dict[str, str]:
+    found = {name.role: specs[text].type for text in names if text in specs and (name := parse(text))}
+    return found
+
+
+def _original_ids(pruned: cut.Cut | None, index: int, count: int) -> list[int]:
+    for layer in pruned.layers if pruned else ():
+        if layer.index == index and len(layer.router) == count:
+            return list(layer.router)
+    return list(range(count))
+
+
+def check(view: Inspection) -> list[str]:
+    """Everything that is wrong with a file, a line each; an empty list for a sound one."""
+    return [*_check_layers(view), *_check_arrays(view), *_check_data(view.file)]
+
+
+def _check_layers(view: Inspection) -> Iterator[str]:
+    file = view.file
+    specs = {spec.name: spec for spec in file.tensors}
+    used = int(file.arch_value("expert_used_count", 0) or 0)
+    count = int(file.arch_value("expert_count", 0) or 0)
+    groups = int(file.arch_value("expert_group_count", 0) or 0)
+    for layer in view.layers:
+        n_expert, where = len(layer.experts), f"layer {layer.index}"
+        router = specs.get(f"blk.{layer.index}.ffn_gate_inp.weight")
+        if router is not None and router.ne[-1] != n_expert:
+            yield f"{where}: the router has {router.ne[-1]} rows for {n_expert} experts"
+        if n_expert < used:
+            yield f"{where}: {n_expert} experts, but {used} are routed per token"
+        if groups > 1 and n_expert % groups:
+            yield f"{where}: {n_expert} experts do not divide into {groups} groups"
+        tiered = f"blk.{layer.index}.ffn_exps_tier.weight" in specs
+        if not tiered and n_expert != count:
+            yield f"{where}: {n_expert} experts, the metadata says {count}"
+        if not any(width for _, width in layer.experts):
+            yield f"{where}: no expert has a neuron"
+        yield from _check_widths(layer, specs, tiered)
+    yield from _check_cut(view)
+
+
+def _check_widths(layer: LayerView, specs: dict[str, TensorSpec], tiered: bool) -> Iterator[str]:
+    for tier, (width, count, _) in enumerate(layer.tiers):
+        for role, factor in (("gate", 1), ("up", 1), ("gate_up", 2)):
+            name = tier_name(layer.index, role, tier) if tiered else f"blk.{layer.index}.ffn_{role}_exps.weight"
+            if name in specs and specs[name].ne[1:] != (width * factor, count):
+                yield f"{name}: {specs[name].ne} does not go with a down projection of {count} experts of width {width}"
+
+
+def _check_cut(view: Inspection) -> Iterator[str]:
+    for layer in view.pruned.layers if view.pruned else ():
+        seen = next((found for found in view.layers if found.index == layer.index), None)
+        if seen is None:
+            yield f"layer {layer.index}: pruned by its metadata, but it has no experts"
+        elif view.layout != "expanded" and tuple(width for _, width in seen.experts) != layer.widths:
+            yield f"layer {layer.index}: the widths of its tensors are not those of its metadata"
+
+
+def _check_arrays(view: Inspection) -> Iterator[str]:
+    blocks = int(view.file.arch_value("block_count"))
+    for key in view.file.keys():
+        if not key.startswith(f"{view.file.arch}."):
+            continue
+        value = view.file.value(key)
+        if isinstance(value, list) and "feed_forward" in key and len(value) != blocks:
+            yield f"{key} has {len(value)} entries for {blocks} blocks"
+
+
+def _check_data(file: GgufFile) -> Iterator[str]:
+    for spec in file.tensors:
+        if spec.type == "I32":
+            continue
+        kind = gguf.GGMLQuantizationType[spec.type]
+        rows = file.raw(spec).reshape(-1, file.raw(spec).shape[-1])
+        step = max(1, _CHUNK // max(1, spec.ne[0]))
+        for start in range(0, len(rows), step):
+            if not _finite(rows[start : start + step], kind):
+                yield f"{spec.name}: holds values that are not finite"
+                break
+
+
+def _finite(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> bool:
+    with np.errstate(all="ignore"):
+        if BLOCKS[kind.name][0] == 1 and kind.name == "F32":
+            return bool(np.isfinite(rows.view(np.float32)).all())
+        return bool(np.isfinite(gguf.quants.dequantize(rows, kind)).all())
