@@ -1,0 +1,162 @@
+"""What is added up while a decoder layer runs: sums at the experts and at the inputs of the other matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import GgufToolError
+from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
+
+Sums = dict[str, Tensor]
+
+
+class ExpertRecorder:
+    """Stands in for an experts module's forward: the same output, and the sums of `stats` on the way.
+
+    Attributes:
+        experts: sums over the tokens routed to an expert of one domain, name -> float64 [D, E].
+        neurons: sums of all domains and the norms of the down columns, name -> float64 [E, K].
+        inputs: sum of x^2 over the tokens routed to an expert, float64 [E, d].
+        domain: index of the domain that the next call belongs to.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int) -> None:
+        """`shape` is (E, K, d). Raises GgufToolError for an experts module that is laid out in another way."""
+        n_expert, width, n_embd = shape
+        check_layout(module, shape, layer)
+        self.module, self.domain = module, 0
+        down = module.get_parameter("down_proj")
+        self._token_sums = _zeros(down, len(EXPERT_SUMS), n_domains, n_expert)
+        self.experts: Sums = dict(zip(EXPERT_SUMS, self._token_sums, strict=True))
+        self.neurons: Sums = {name: _zeros(down, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
+        self.inputs = _zeros(down, n_expert, n_embd)
+        for expert in range(n_expert):
+            self.neurons["down_norm_sq"][expert] = down[expert].double().square().sum(dim=0)
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
+        out = torch.zeros_like(hidden_states)
+        k = top_k_index.shape[-1]
+        order = torch.argsort(top_k_index.flatten(), stable=True)
+        counts = torch.bincount(top_k_index.flatten(), minlength=self.inputs.shape[0])
+        start = 0
+        for expert, count in enumerate(counts.tolist()):
+            if not count:
+                continue
+            slots = order[start : start + count]
+            start += count
+            tokens = slots // k
+            gate = top_k_weights.flatten()[slots]
+            out.index_add_(0, tokens, self._run(expert, hidden_states[tokens], gate).to(out.dtype))
+        return out
+
+    def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
+        """One expert on its n tokens x [n, d] with router weights [n]: its weighted output [n, d]; adds to the sums."""
+        down = self.module.get_parameter("down_proj")[expert]
+        gated, up = functional.linear(x, self.module.get_parameter("gate_up_proj")[expert]).chunk(2, dim=-1)
+        activation: Callable[[Tensor], Tensor] = self.module.act_fn  # type: ignore[assignment]
+        h = activation(gated) * up
+        f = functional.linear(h, down)
+        self._record(expert, x, h, f, gate, down)
+        return f * gate[:, None]
+
+    def _record(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
+        """Adds n tokens to the sums. Per token in float32 at least, over tokens in float64.
+
+        Neuron projection p_k = h_k <W_:k, f> / ||f|| in its cheap form h * (f W) / ||f||: arXiv 2606.09885 (ENP).
+        """
+        work = torch.promote_types(x.dtype, torch.float32)
+        x, h, f, gate, down = (value.to(work) for value in (x, h, f, gate, down))
+        norm = torch.linalg.vector_norm(f, dim=1)
+        cosine = functional.cosine_similarity(x, f, dim=1, eps=torch.finfo(work).tiny)
+        per_token = {
+            "count": torch.ones_like(gate),
+            "gate": gate,
+            "gate_sq": gate.square(),
+            "norm": norm,
+            "norm_sq": norm.square(),
+            "gate_norm": gate * norm,
+            "gate_sq_norm_sq": (gate * norm).square(),
+            "turn": gate * norm * (1 - cosine),
+            "max_out": torch.zeros_like(gate),
+        }
+        rows = torch.stack([per_token[name] for name in EXPERT_SUMS])
+        self._token_sums[:, self.domain, expert] += rows.sum(dim=1, dtype=torch.float64)
+        largest = self.experts["max_out"][self.domain, expert]
+        torch.maximum(largest, f.abs().max().double(), out=largest)
+        h_sq = h.square()
+        proj = h * (f @ down) * torch.where(norm > 0, 1 / norm, 0)[:, None]
+        per_neuron = {
+            "h_sq": h_sq,
+            "gate_sq_h_sq": gate.square()[:, None] * h_sq,
+            "proj": proj,
+            "proj_abs": proj.abs(),
+        }
+        for name, values in per_neuron.items():
+            self.neurons[name][expert] += values.sum(dim=0, dtype=torch.float64)
+        self.inputs[expert] += x.square().sum(dim=0, dtype=torch.float64)
+
+
+class LinearRecorder:
+    """Adds up x^2 over all tokens for the inputs of matrices: GGUF tensor name -> float64 [columns]."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+
+    @contextmanager
+    def watching(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Adds up the inputs of the modules (by the name to keep them under) for a while."""
+        hooks = [m.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, m in modules.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.add(name, args[0] if args else next(iter(kwargs.values())))
+
+        return add
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Adds x [..., columns]."""
+        x = x.reshape(-1, x.shape[-1])
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        total = x.square().sum(dim=0, dtype=torch.float64)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+
+@contextmanager
+def recording(module: nn.Module, recorder: ExpertRecorder) -> Iterator[None]:
+    """Puts the recorder in place of the experts module's forward for a while."""
+    module.forward = recorder.__call__
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def check_layout(module: nn.Module, shape: tuple[int, int, int], layer: int) -> None:
+    """Raises GgufToolError unless the experts are plain stacks: [E, 2K, d] with gate over up, and [E, d, K]."""
+    n_expert, width, n_embd = shape
+    want = {"gate_up_proj": (n_expert, 2 * width, n_embd), "down_proj": (n_expert, n_embd, width)}
+    have = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    if have != want:
+        raise GgufToolError(f"layer {layer}: the experts are laid out as {have}, gguftool reads {want}")
+    other = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
+    odd = [name for name, value in other.items() if getattr(module, name, value) != value]
+    if odd or not callable(getattr(module, "act_fn", None)):
+        raise GgufToolError(f"layer {layer}: experts with {', '.join(odd) or 'no act_fn'} are not supported")
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)

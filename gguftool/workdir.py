@@ -1,0 +1,150 @@
+"""The state of a calibration between two layers, on disk.
+
+`state.json` says what the state belongs to and how many layers are done; `hidden-N.bin` is the input of layer N for all
+windows; `layer-N.safetensors` holds the sums of a finished layer. Every file is written under another name and renamed,
+and `state.json` is the last, so that a run may be stopped at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from .errors import GgufToolError
+
+VERSION = 1
+PATTERNS = ("state.json", "hidden-*.bin", "layer-*.safetensors", "*.partial")
+
+
+class WorkDir:
+    """A work directory of one calibration.
+
+    Attributes:
+        position: the layer to run next (0 behind the embedding), or None where nothing is there yet.
+    """
+
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> None:
+        """Takes up the state in `path` where it has the same `identity`, else clears it.
+
+        `shape` is that of the hidden states, [windows, n_ctx, d].
+        """
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self.identity = json.loads(json.dumps({"version": VERSION, **identity}))
+        with _stated(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self.position = self._find_position()
+            if self.position is None:
+                self._clear()
+            need, free = 2 * self._bytes(), shutil.disk_usage(path).free
+            if self.position is None and free < need:
+                raise GgufToolError(
+                    f"{path}: {need} bytes are needed for hidden states, {free} are free; use less text"
+                )
+
+    def hidden(self) -> Tensor:
+        """The input of layer `position`, [windows, n_ctx, d], mapped from disk."""
+        return torch.from_file(str(self._hidden(self._at())), size=prod(self.shape), dtype=self.dtype).view(self.shape)
+
+    @contextmanager
+    def next_hidden(self) -> Iterator[Callable[[Tensor], None]]:
+        """Gives a function that appends windows [B, n_ctx, d] to the next layer's input; complete when the block ends."""
+        position = 0 if self.position is None else self.position + 1
+        target = self._hidden(position)
+        partial = target.with_name(target.name + ".partial")
+        with _stated(self.path), partial.open("wb") as stream:
+
+            def append(windows: Tensor) -> None:
+                stream.write(windows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+
+            yield append
+            stream.flush()
+            os.fsync(stream.fileno())
+            if stream.tell() != self._bytes():
+                raise GgufToolError(f"{partial}: {stream.tell()} bytes were written, not {self._bytes()}")
+        partial.replace(target)
+
+    def advance(self, sums: Mapping[str, NDArray[np.float64]] | None = None) -> None:
+        """Marks layer `position` done with these sums (None: the embedding is done) and frees its input."""
+        finished = self.position
+        with _stated(self.path):
+            if finished is not None:
+                target = self._sums(finished)
+                partial = target.with_name(target.name + ".partial")
+                save_file({name: np.ascontiguousarray(value) for name, value in (sums or {}).items()}, partial)
+                partial.replace(target)
+            self.position = 0 if finished is None else finished + 1
+            partial = self.path / "state.json.partial"
+            partial.write_text(json.dumps({"identity": self.identity, "position": self.position}))
+            partial.replace(self.path / "state.json")
+            if finished is not None:
+                self._hidden(finished).unlink(missing_ok=True)
+
+    def sums(self, layer: int) -> dict[str, NDArray[np.float64]]:
+        """The sums of a finished layer."""
+        return load_file(self._sums(layer))
+
+    def remove(self) -> None:
+        """Removes the state, and the directory where nothing else is in it."""
+        self._clear()
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def _at(self) -> int:
+        assert self.position is not None, "nothing was embedded yet"
+        return self.position
+
+    def _find_position(self) -> int | None:
+        """Where the state in the directory stands, or None where it is another's, incomplete or absent."""
+        try:
+            state = json.loads((self.path / "state.json").read_text())
+            position = int(state["position"])
+            same = state["identity"] == self.identity
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        hidden = self._hidden(position)
+        whole = hidden.is_file() and hidden.stat().st_size == self._bytes()
+        return position if same and whole and all(self._is_saved(layer) for layer in range(position)) else None
+
+    def _is_saved(self, layer: int) -> bool:
+        try:
+            return bool(self.sums(layer))
+        except (OSError, SafetensorError):
+            return False
+
+    def _clear(self) -> None:
+        for pattern in PATTERNS:
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+    def _bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def _hidden(self, layer: int) -> Path:
+        return self.path / f"hidden-{layer:03}.bin"
+
+    def _sums(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:03}.safetensors"
+
+
+@contextmanager
+def _stated(path: Path) -> Iterator[None]:
+    """Turns failures of the file system (a full disk, no right to write) into stated ones."""
+    try:
+        yield
+    except OSError as error:
+        raise GgufToolError(f"{path}: the work directory cannot be written ({error})") from error
