@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import GgufToolError
+from .layout import full_shape
 from .tensors import BLOCKS, TensorSpec, row_bytes
 
 Bytes = NDArray[np.uint8]
@@ -53,7 +54,8 @@ class GgufFile:
             self._reader = gguf.GGUFReader(path)
             self._data = {tensor.name: tensor for tensor in self._reader.tensors}
             self.tensors = tuple(
-                TensorSpec(t.name, tuple(int(n) for n in t.shape), t.tensor_type.name) for t in self._reader.tensors
+                TensorSpec(t.name, full_shape(t.name, tuple(int(n) for n in t.shape)), t.tensor_type.name)
+                for t in self._reader.tensors
             )
         except Exception as error:  # gguf-py raises whatever numpy or struct raise on garbage
             raise GgufToolError(f"{path}: damaged or truncated GGUF ({error})") from error

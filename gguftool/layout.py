@@ -42,6 +42,14 @@ def parse(name: str) -> ExpertName | None:
     return ExpertName(int(match["layer"]), role, tier, match["suffix"] or "weight")
 
 
+def full_shape(name: str, ne: tuple[int, ...]) -> tuple[int, ...]:
+    """`ne` with the ones that llama.cpp leaves off its end: the stack of a tier of one expert is still a stack."""
+    parsed = parse(name)
+    ranks = {"weight": 3, "bias": 2, "scale": 1}
+    rank = 2 if parsed and parsed.role == "map" else ranks[parsed.suffix] if parsed and parsed.role != "router" else 0
+    return ne + (1,) * (rank - len(ne))
+
+
 def tier_name(layer: int, role: str, tier: int, suffix: str = "weight") -> str:
     """Name of one tier's stack."""
     return f"blk.{layer}.ffn_{role}_exps.{tier}.{suffix}"

@@ -4,7 +4,7 @@ Protocol (llama.cpp, tools/perplexity/perplexity.cpp): the whole text is cut int
 other, the rest is left out; where the tokenizer adds a BOS, it stands in for the first token of each window; positions
 n_ctx/2 ... n_ctx-2 are scored on the token after them, so every scored position has half a window of context.
 
-Windows run one at a time: several at once were no faster on the CPU, and the logits of one are large enough.
+Windows run one at a time: the logits of one are large enough.
 """
 
 from __future__ import annotations

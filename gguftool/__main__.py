@@ -1,0 +1,5 @@
+"""`python -m gguftool`."""
+
+from .cli import main
+
+main()

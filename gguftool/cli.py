@@ -1,0 +1,438 @@
+"""The commands. Each parses, calls, prints; what it calls is imported inside it, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import GgufToolError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from .recipe import Recipe
+    from .runtime import Runtime
+    from .terminal import Terminal
+
+FILE = click.Path(path_type=Path)
+Command = Callable[..., None]
+
+
+def main() -> None:
+    """Runs the command line. A stated failure is one line on stderr and exit code 1; wrong usage is exit code 2."""
+    try:
+        cli(prog_name="gguftool")
+    except GgufToolError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        click.echo(f"error: {error or type(error).__name__}", err=True)
+        sys.exit(1)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+_output = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
+    click.option("--quiet", is_flag=True, help="No progress and no log."),
+)
+_force = click.option("--force", is_flag=True, help="Replace an existing output.")
+_backend = click.option(
+    "--backend", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "metal", "vulkan"]),
+    help="Which build of the runtime.",
+)  # fmt: skip
+_pre_tokenizer = click.option(
+    "--pre-tokenizer",
+    metavar="NAME",
+    help="llama.cpp's name of the pre-tokenizer, for a vocabulary that it does not know.",
+)
+_n_ctx = click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
+_device = click.option("--device", default="cpu", show_default=True, help="Torch device for calibration.")
+_windows = click.option("--windows", type=int, help="Use at most so many windows of each calibration text.")
+_data = click.option(
+    "--data", "data", type=FILE, multiple=True, required=True,
+    help="Calibration text: .txt, or .jsonl with a field text. Give it once for each domain.",
+)  # fmt: skip
+_recipe = _options(
+    click.option("--method", default="global", show_default=True, help="`gguftool methods` lists them."),
+    click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
+    click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
+    click.option("--criterion", help="Another criterion than the method's own."),
+    click.option("--align", type=int, help="Widths are multiples of this.  [default: by the target type]"),
+    click.option("--max-tiers", default=4, show_default=True, help="Most different widths in a layer."),
+    click.option(
+        "--layout", default="auto", show_default=True, type=click.Choice(["auto", "stock"]),
+        help="stock: only plans that any llama.cpp can run.",
+    ),
+    click.option("--whole", type=float, help="TENP: share of experts kept whole."),
+    click.option("--depth", default="1:2", show_default=True, help="TENP: weight of the first and of the last layer."),
+    click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
+    click.option("--seed", default=0, show_default=True, help="Of the random controls."),
+)  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="gguftool")
+def cli() -> None:
+    """Makes Mixture-of-Experts models fit: stats -> plan -> gguf, then the report of what it cost.
+
+    `gguftool demo` does all of it on the built-in model; `gguftool compress` on yours.
+    """
+
+
+def _terminal(as_json: bool = False, quiet: bool = False) -> Terminal:
+    from .terminal import Terminal
+
+    return Terminal(as_json=as_json, quiet=quiet)
+
+
+def _make_recipe(options: dict[str, Any], target: str | None) -> Recipe:
+    from .recipe import Recipe
+
+    ratio, keep = options.pop("ratio"), options.pop("keep")
+    if (ratio is None) == (keep is None):
+        raise click.UsageError("give either --ratio or --keep")
+    depth = options.pop("depth")
+    try:
+        first, last = (float(part) for part in depth.split(":"))
+    except ValueError:
+        raise click.UsageError(f"--depth {depth!r} is not FIRST:LAST") from None
+    return Recipe(ratio=1 - keep if ratio is None else ratio, depth=(first, last), target=target, **options)
+
+
+def _load(backend: str) -> tuple[Runtime, ModuleType]:
+    from . import runtime
+
+    found = runtime.require(backend)
+    return found, runtime.load(found)
+
+
+@cli.group()
+def runtime() -> None:
+    """The patched llama.cpp that runs tiered files."""
+
+
+@runtime.command("build")
+@_backend
+@click.option("--unpatched", is_flag=True, help="Build the plain base, for comparisons.")
+@click.option("--jobs", type=int, help="Compile so many files at a time.")
+@click.option("--force", is_flag=True, help="Build even where it has been built.")
+@_output
+def runtime_build(backend: str, unpatched: bool, jobs: int | None, force: bool, as_json: bool, quiet: bool) -> None:
+    """Fetch the pinned llama.cpp, patch it, build it, cache it."""
+    from .runtime import build
+
+    terminal = _terminal(as_json, quiet)
+    with terminal.progress() as progress:
+        built = build(backend, patched=not unpatched, force=force, jobs=jobs, progress=progress)
+    terminal.show({"path": str(built.path), "backend": built.backend, "patches": built.patches}, f"{built.path}")
+
+
+@runtime.command("info")
+@_backend
+@_output
+def runtime_info(backend: str, as_json: bool, quiet: bool) -> None:
+    """Say which base, which patches, which backends, and whether what is loaded is ours."""
+    from .runtime import describe
+
+    terminal = _terminal(as_json, quiet)
+    facts = describe(backend)
+    terminal.show(facts, *(f"{key + ':':<14}{_plain(value)}" for key, value in facts.items()))
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@click.option("--outtype", default="auto", show_default=True, help="As llama.cpp's converter has it.")
+@_pre_tokenizer
+@_force
+def convert(model: Path, out: Path, outtype: str, pre_tokenizer: str | None, force: bool) -> None:
+    """Convert a Hugging Face checkpoint with llama.cpp's own converter."""
+    from .convert import convert as run
+    from .runtime import require
+
+    run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force)
+    click.echo(out)
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@_data
+@click.option("-o", "out", type=FILE, required=True, help="Stats to write.")
+@_n_ctx
+@_windows
+@_device
+@_force
+@_output
+def calibrate(
+    model: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str, force: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
+
+    Stopped, it goes on where it was when it is started again with the same arguments.
+    """
+    from .calibrate import calibrate as run
+    from .checkpoint import open_checkpoint
+    from .corpus import load_domain
+    from .gguf_file import check_output
+
+    check_output(out, force)
+    terminal = _terminal(as_json, quiet)
+    checkpoint = open_checkpoint(model)
+    tokenizer = checkpoint.tokenizer()
+    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    with terminal.progress() as progress:
+        stats = run(checkpoint, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
+    stats.save(out)
+    facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
+    unrouted = int((stats.expert("count") == 0).sum())
+    terminal.show(
+        facts | {"unrouted_experts": unrouted},
+        f"{out}: {stats.tokens} tokens, {len(stats.model.moe_layers)} layers, {unrouted} experts never routed",
+    )
+
+
+@cli.command()
+def methods() -> None:
+    """List the methods, with formula and source."""
+    from rich.table import Table
+
+    from .methods import METHODS
+
+    table = Table("method", "what it does", "source", "layout")
+    for method in METHODS.values():
+        table.add_row(method.name, method.summary, method.source, "stock" if method.stock else "tiered")
+    _terminal().show({}, table)
+
+
+@cli.command()
+@click.argument("stats", type=FILE)
+@click.option("-o", "out", type=FILE, required=True, help="Plan to write.")
+@_recipe
+@click.option("--target", metavar="TYPE", help="Type that the file will be quantized to, such as Q4_K_M.")
+@click.option("--tensors", is_flag=True, help="Print every tensor too.")
+@_force
+@_output
+def plan(
+    stats: Path, out: Path, target: str | None, tensors: bool, force: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Decide what stays: free, from stats, as often as you like. Writes a plan that a person can read."""
+    from .gguf_file import check_output
+    from .plan import dumps
+    from .planner import make_plan
+    from .report import plan_table, types_table
+    from .stats import CalibrationStats
+
+    check_output(out, force, stats)
+    terminal = _terminal(as_json, quiet)
+    made = make_plan(CalibrationStats.load(stats), _make_recipe(options, target))
+    made.save(out)
+    for note in made.notes:
+        terminal.say(f"note: {note}")
+    if as_json:
+        click.echo(dumps(made), nl=False)
+        return
+    layout = "stock" if made.uniform else "tiered"
+    lines = [f"{layout} layout, {made.tensor_bytes:,} bytes of tensors"]
+    if made.encoded_bytes is not None:
+        lines.append(f"as {target}: {made.encoded_bytes:,} bytes of tensors")
+    listing = [types_table(made.encoded or made.tensors)] if tensors else []
+    terminal.show({}, plan_table(made), *listing, *lines)
+
+
+@cli.command()
+@click.argument("base", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, required=True, help="Plan to carry out.")
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
+@_force
+@_output
+def prune(base: Path, plan_path: Path, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool) -> None:
+    """Write a plan's GGUF, a tensor at a time."""
+    from .plan import PrunePlan
+    from .report import types_table
+    from .runtime import find
+    from .writer import prune as run
+
+    terminal = _terminal(as_json, quiet)
+    found = find()
+    with terminal.progress() as progress:
+        report = run(
+            base, PrunePlan.load(plan_path), out, ggml=found.ggml if found else None, force=force, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+    for note in report.notes:
+        terminal.say(f"note: {note}")
+    if report.requantized:
+        terminal.say(f"note: the columns of {len(report.requantized)} quantized down tensors were quantized anew")
+    facts = {
+        "path": str(out), "written": not dry_run, "layout": report.layout, "bytes": report.file_bytes,
+        "tensors": [vars(spec) | {"bytes": spec.nbytes} for spec in report.tensors], "requantized": report.requantized,
+    }  # fmt: skip
+    listing = [types_table(report.tensors)] if dry_run else []
+    verb = "would be" if dry_run else "is"
+    terminal.show(facts, *listing, f"{out} {verb} {report.layout}, {report.file_bytes:,} bytes")
+
+
+@cli.command()
+@click.argument("source", type=FILE)
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@_force
+@_output
+def expand(source: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
+    """Turn a tiered file into one for any llama.cpp, padded with zero neurons: the same function, more bytes."""
+    from .writer import expand as run
+
+    terminal = _terminal(as_json, quiet)
+    with terminal.progress() as progress:
+        notes = run(source, out, force=force, progress=progress)
+    for note in notes:
+        terminal.say(f"note: {note}")
+    size = out.stat().st_size
+    terminal.show({"path": str(out), "bytes": size, "notes": notes}, f"{out} is stock, {size:,} bytes")
+
+
+@cli.command()
+@click.argument("source", type=FILE)
+@click.argument("target")
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
+@_force
+@_output
+def quantize(
+    source: Path, target: str, out: Path, imatrix: Path | None, force: bool, as_json: bool, quiet: bool
+) -> None:
+    """Quantize with llama.cpp's quantizer, every tensor to the type that the plan counted."""
+    from .quantize import QuantizeTool
+    from .quantize import quantize as run
+    from .runtime import require
+    from .stats import CalibrationStats
+
+    terminal = _terminal(as_json, quiet)
+    stats = CalibrationStats.load(imatrix) if imatrix else None
+    with terminal.progress() as progress:
+        tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)
+        run(source, target, out, imatrix=stats, tools=tool, force=force)
+    size = out.stat().st_size
+    terminal.show({"path": str(out), "target": target, "bytes": size}, f"{out} is {target}, {size:,} bytes")
+
+
+@cli.command()
+@click.argument("path", type=FILE)
+@click.option("--experts", is_flag=True, help="Print the width of every expert.")
+@click.option("--check", is_flag=True, help="Read everything and refuse what is wrong.")
+@_output
+def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) -> None:
+    """Show what a GGUF holds, expert by expert."""
+    from .gguf_file import GgufFile
+    from .inspection import check as find_faults
+    from .inspection import inspect as run
+    from .report import inspection_tables
+
+    terminal = _terminal(as_json, quiet)
+    view = run(GgufFile(path))
+    faults = find_faults(view) if check else []
+    facts = view.as_dict() | ({"faults": faults} if check else {})
+    terminal.show(facts, *inspection_tables(facts, experts))
+    if faults:
+        raise GgufToolError(f"{path}: {len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+    if check and not as_json:
+        terminal.show({}, "checked: no fault found")
+
+
+@cli.command()
+@click.argument("base", type=FILE)
+@click.argument("pruned", type=FILE)
+@click.option("--data", type=FILE, required=True, help="Text to measure on.")
+@click.option("--windows", type=int, help="Use at most so many windows.")
+@_n_ctx
+@_backend
+@_output
+def validate(
+    base: Path, pruned: Path, data: Path, windows: int | None, n_ctx: int, backend: str, as_json: bool, quiet: bool
+) -> None:
+    """Compare perplexity and KL divergence, original against pruned, as llama-perplexity does."""
+    from .corpus import read_text
+    from .evaluate import compare
+    from .report import comparison_table
+    from .runtime import load_for
+
+    terminal = _terminal(as_json, quiet)
+    text = read_text(data)
+    llama, layers, name = load_for(backend, base, pruned)
+    with terminal.progress() as progress:
+        found = compare(
+            base, pruned, text, llama=llama, n_ctx=n_ctx, max_windows=windows, n_gpu_layers=layers, backend=name,
+            progress=progress,
+        ).as_dict()  # fmt: skip
+    terminal.show(found, comparison_table(found))
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@_data
+@click.option(
+    "--eval", "evaluation", type=FILE, multiple=True, required=True, help="Text to judge by; may be repeated."
+)
+@click.option("--quant", "target", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
+@click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
+@_recipe
+@_n_ctx
+@_windows
+@click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
+@_pre_tokenizer
+@_device
+@_backend
+@_output
+def compress(
+    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, out: Path, n_ctx: int,
+    windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
+    as_json: bool, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end."""
+    from .pipeline import Job
+    from .pipeline import compress as run
+
+    terminal = _terminal(as_json, quiet)
+    recipe = _make_recipe(options, target)
+    found, llama = _load(backend)
+    with terminal.progress() as progress:
+        job = Job(
+            model=model, calibration=data, evaluation=evaluation, runtime=found, llama=llama, progress=progress,
+            n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
+        )  # fmt: skip
+        report = run(job, out, recipe, target, terminal.say)
+    terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
+
+
+@cli.command()
+@click.option("-o", "out", type=FILE, default=Path("demo-out"), show_default=True, help="Folder for everything.")
+@click.option("--eval-windows", default=24, show_default=True, help="Windows of each evaluation text.")
+@_backend
+@_output
+def demo(out: Path, eval_windows: int, backend: str, as_json: bool, quiet: bool) -> None:
+    """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain."""
+    from .demo import run
+
+    terminal = _terminal(as_json, quiet)
+    found, llama = _load(backend)
+    with terminal.progress() as progress:
+        report = run(out, found, llama, eval_windows, progress, terminal.say)
+    terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))

@@ -1,0 +1,52 @@
+"""demo: the built-in model, every method, one table. What a newcomer runs first and what the README shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from . import builtin
+from .gguf_file import Progress
+from .pipeline import Built, Job, Say, Workspace, build, judge, prepare, quantize_base
+from .recipe import Recipe
+from .report import Report
+from .runtime import Runtime
+
+RATIOS = (0.25, 0.4, 0.5)
+METHODS = ("tenp", "man", "msan", "reap", "global", "random")
+PRUNE_THEN_QUANTIZE = ("Q8_0", "Q4_K_M")
+QUANTIZE_ONLY = ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K")
+
+
+def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say) -> Report:
+    """Calibrates on code, judges on code and on prose, and puts quantization alone beside it."""
+    texts = builtin.texts()
+    job = Job(
+        model=builtin.unpack(out / "model"),
+        calibration=[texts["calib_code"]],
+        evaluation=[texts["eval_code"], texts["eval_prose"]],
+        runtime=runtime,
+        llama=llama,
+        progress=progress,
+        eval_windows=eval_windows,
+        pre_tokenizer="qwen2",
+    )
+    work = Workspace(out, say)
+    _, base, stats = prepare(job, work)
+    built: list[Built] = []
+    for ratio in RATIOS:
+        built += [build(job, work, base, stats, Recipe(method, ratio), None) for method in METHODS]
+    built += [
+        build(job, work, base, stats, Recipe("global", ratio, target=target), target)
+        for target in PRUNE_THEN_QUANTIZE
+        for ratio in (0.25, 0.4)
+    ]
+    built += [quantize_base(job, work, base, stats, target) for target in QUANTIZE_ONLY]
+    notes = [
+        "calibrated on code: eval_code is text of the calibration domain, eval_prose is not",
+        "whole-expert methods round the ratio to whole experts of each layer",
+        "unpruned rows are what you would pick instead: compare at equal size",
+    ]
+    report = judge(job, base, built, stats.model.name, notes)
+    report.save(out)
+    return report

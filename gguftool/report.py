@@ -1,0 +1,197 @@
+"""The report: what pruning cost, as rows of numbers that carry their errors. Values and their rendering, no work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .plan import PrunePlan
+from .tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a report. `texts` maps a text's name to what `evaluate` measured there (`Comparison.as_dict()`)."""
+
+    label: str
+    method: str
+    ratio: float
+    encoding: str
+    bytes: int
+    texts: Mapping[str, Mapping[str, Any]]
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one comparison, all against the same base.
+
+    Attributes:
+        model: name of the base.
+        base_bytes: size of the base GGUF.
+        base: perplexity of the base by text: {"ppl", "ppl_err", "tokens", "n_ctx", "sha256"}.
+        rows: the pruned or quantized models.
+        protocol: how it was measured, in words.
+        notes: what a reader must know.
+    """
+
+    model: str
+    base_bytes: int
+    base: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Row]
+    protocol: str
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json and --json."""
+        return {
+            "format": "gguftool.report",
+            "version": 1,
+            "model": self.model,
+            "base": {"bytes": self.base_bytes, "texts": {name: dict(values) for name, values in self.base.items()}},
+            "rows": [
+                {**vars(row), "texts": {name: dict(value) for name, value in row.texts.items()}} for row in self.rows
+            ],
+            "protocol": self.protocol,
+            "notes": list(self.notes),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Writes report.json and report.md into `folder`."""
+        for name, text in (
+            ("report.json", json.dumps(self.as_dict(), indent=1) + "\n"),
+            ("report.md", self.markdown()),
+        ):
+            partial = folder / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(folder / name)
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        head = ["model", "size", "of base"]
+        for text in self.base:
+            head += [f"perplexity, {text}", f"KL, {text}", "same top"]
+        first = ["original", megabytes(self.base_bytes), "100 %"]
+        for values in self.base.values():
+            first += [with_error(values["ppl"], values["ppl_err"]), "", ""]
+        return head, [first, *(self._row_cells(row) for row in self.rows)]
+
+    def _row_cells(self, row: Row) -> list[str]:
+        cells = [row.label, megabytes(row.bytes), f"{100 * row.bytes / self.base_bytes:.1f} %"]
+        for text in self.base:
+            value = row.texts[text]
+            cells += [
+                with_error(value["pruned"]["ppl"], value["pruned"]["ppl_err"]),
+                f"{value['kld']['mean']:.5f} ± {value['kld']['err']:.5f}",
+                f"{100 * value['same_top']:.1f} %",
+            ]
+        return cells
+
+    def table(self) -> Table:
+        """The report as a table for the terminal."""
+        head, rows = self._cells()
+        table = Table(title=f"{self.model}: what pruning cost", caption=self.protocol, title_justify="left")
+        for index, name in enumerate(head):
+            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index < 3)
+        for cells in rows:
+            table.add_row(*cells)
+        return table
+
+    def markdown(self) -> str:
+        """The report as a Markdown page."""
+        head, rows = self._cells()
+        lines = [f"# {self.model}: what pruning cost", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        lines += [f"| {' | '.join(cells)} |" for cells in rows]
+        lines += ["", self.protocol, "", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+
+def megabytes(n_bytes: int) -> str:
+    """A size for people: GB from a gigabyte on, else MB (powers of ten)."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def with_error(value: float, error: float) -> str:
+    """A number and its standard error."""
+    return f"{value:.3f} ± {error:.3f}"
+
+
+def plan_table(plan: PrunePlan) -> Table:
+    """A plan as a table: a line a layer, its tiers as count × width, what stays and the bytes of its experts."""
+    specs = plan.encoded or plan.tensors
+    table = Table(title=f"{plan.recipe.method}: {100 * (1 - plan.kept_share):.1f} % of routed-expert parameters go")
+    for name, justify in (("layer", "right"), ("experts", "right"), ("tiers (count × width)", "left"),
+                          ("kept", "right"), ("types gate/up/down", "left"), ("expert bytes", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for layer in plan.layers:
+        tiers = layer.tiers()
+        empty = len(layer.router) - sum(len(tier.rows) for tier in tiers)
+        shape = " + ".join(f"{len(tier.rows)} × {tier.width}" for tier in tiers) + (f" + {empty} × 0" if empty else "")
+        kept = sum(layer.widths) / (plan.n_expert * plan.n_ff_exp)
+        mine = [spec for spec in specs if spec.name.startswith(f"blk.{layer.index}.ffn_") and "_exps" in spec.name]
+        table.add_row(
+            str(layer.index), f"{len(layer.router)}/{plan.n_expert}", shape, f"{100 * kept:.1f} %",
+            _types(mine), f"{sum(spec.nbytes for spec in mine):,}",
+        )  # fmt: skip
+    return table
+
+
+def _types(specs: Sequence[TensorSpec]) -> str:
+    found: dict[str, list[str]] = {}
+    for role in ("gate_exps", "up_exps", "gate_up_exps", "down_exps"):
+        kinds = [spec.type for spec in specs if f"ffn_{role}" in spec.name]
+        if kinds:
+            found[role] = sorted(set(kinds), key=kinds.index)
+    return " / ".join("+".join(kinds) for kinds in found.values())
+
+
+def types_table(specs: Sequence[TensorSpec]) -> Table:
+    """Every tensor: name, shape, type, bytes."""
+    table = Table(title="tensors")
+    for name, justify in (("tensor", "left"), ("shape", "left"), ("type", "left"), ("bytes", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for spec in specs:
+        table.add_row(spec.name, " × ".join(map(str, spec.ne)), spec.type, f"{spec.nbytes:,}")
+    return table
+
+
+def inspection_tables(facts: Mapping[str, Any], experts: bool) -> list[Table | str]:
+    """What `inspect` prints: a line of facts, a line a layer, and with `experts` the width of every expert."""
+    head = (
+        f"{facts['name']} · {facts['arch']} · {facts['file_type']} · {facts['layout']} layout · "
+        f"{facts['bytes']:,} bytes, {facts['expert_bytes']:,} of them experts"
+    )
+    table = Table(title=None)
+    for name in ("layer", "experts", "tiers (count × width)", "type of down"):
+        table.add_column(name)
+    for layer in facts["layers"]:
+        shape = " + ".join(f"{tier['count']} × {tier['width']}" for tier in layer["tiers"])
+        types = " + ".join(dict.fromkeys(tier["type"] for tier in layer["tiers"]))
+        table.add_row(str(layer["layer"]), str(len(layer["experts"])), shape, types)
+    found: list[Table | str] = [head, table]
+    for layer in facts["layers"] if experts else ():
+        widths = "  ".join(f"{e['expert']}:{e['width']}" for e in layer["experts"])
+        found.append(f"layer {layer['layer']}  expert:width  {widths}")
+    return found
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """What `validate` prints."""
+    table = Table(
+        title=f"{found['tokens']} tokens scored, windows of {found['n_ctx']}, backend {found['backend']}",
+        title_justify="left",
+    )
+    for name in ("", "original", "pruned"):
+        table.add_column(name, justify="left" if not name else "right")
+    base, pruned, kld = found["base"], found["pruned"], found["kld"]
+    table.add_row("size", megabytes(base["bytes"]), megabytes(pruned["bytes"]))
+    table.add_row("perplexity", with_error(base["ppl"], base["ppl_err"]), with_error(pruned["ppl"], pruned["ppl_err"]))
+    table.add_row("ln(ratio)", "", f"{found['ln_ppl_ratio']:.5f} ± {found['ln_ppl_ratio_err']:.5f}")
+    table.add_row("KL divergence", "", f"{kld['mean']:.5f} ± {kld['err']:.5f}")
+    table.add_row("  99th percentile, max", "", f"{kld['p99']:.4f}, {kld['max']:.4f}")
+    table.add_row("same top token", "", f"{100 * found['same_top']:.2f} %")
+    return table

@@ -1,0 +1,75 @@
+"""How gguftool talks: results on stdout, progress and logs on stderr, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class _Memory(ProgressColumn):
+    """Most memory that this process has taken so far."""
+
+    def render(self, task: Task) -> Text:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return Text(f"{peak / 1e9:.1f} GB")
+
+
+class Terminal:
+    """One command's output. NO_COLOR and terminals that are none are rich's own concern."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.out = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+        self.err = Console(stderr=True, quiet=quiet)
+
+    def say(self, text: str) -> None:
+        """A line of log, on stderr."""
+        self.err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, value: dict[str, Any], *tables: Table | str) -> None:
+        """The result, on stdout: `value` as JSON with --json, else the tables and lines."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, indent=1) + "\n")
+            return
+        for table in tables:
+            self.out.print(table, highlight=False, markup=False) if isinstance(table, str) else self.out.print(table)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[int, int, str], None]]:
+        """A bar with time left and memory on stderr, fed by (done, total, text); a line a phase where there is no terminal."""
+        if not self.err.is_terminal:
+            yield self._lines()
+            return
+        columns = (TextColumn("{task.description:<40.40}"), BarColumn(), TimeRemainingColumn(), _Memory())
+        with Progress(*columns, console=self.err, transient=True, disable=self.quiet) as bar:
+            task = bar.add_task("", total=None)
+            seen = [-1]
+
+            def update(done: int, total: int, text: str) -> None:
+                if total != seen[0]:
+                    bar.reset(task)
+                    seen[0] = total
+                bar.update(task, completed=done, total=total, description=text)
+
+            yield update
+
+    def _lines(self) -> Callable[[int, int, str], None]:
+        seen = [-1, -1]
+
+        def update(done: int, total: int, text: str) -> None:
+            tenth = 10 * done // max(total, 1)
+            if [total, tenth] != seen:
+                seen[:] = [total, tenth]
+                self.say(f"  {done}/{total} {text}")
+
+        return update

@@ -1,0 +1,95 @@
+"""The shape of the code: one direction of imports, documented commands, a quick --help."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from gguftool.cli import cli
+
+PACKAGE = Path(__file__).parent.parent / "gguftool"
+
+# A module imports only from rows above its own. Third parties are what a row may use besides the rows above it.
+ROWS = [
+    ({"__init__", "errors"}, set()),
+    ({"architectures", "tensors"}, set()),
+    ({"recipe", "stats"}, {"numpy", "safetensors"}),
+    ({"saliency", "plan", "tiers", "encoding"}, {"numpy"}),
+    ({"methods", "layout"}, {"numpy"}),
+    ({"planner"}, {"numpy"}),
+    ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
+    ({"corpus", "checkpoint", "surgery", "cut", "requant"},
+     {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
+    ({"inventory", "loader", "recorders", "workdir"}, {"numpy", "torch", "transformers", "gguf", "safetensors"}),
+    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion"}),
+    ({"divergence"}, {"numpy"}),
+    ({"perplexity"}, {"numpy", "llama_cpp"}),
+    ({"calibrate", "writer", "quantize", "convert", "evaluate", "inspection"},
+     {"numpy", "torch", "transformers", "gguf", "llama_cpp"}),
+    ({"report", "terminal"}, {"rich"}),
+    ({"pipeline"}, set()),
+    ({"demo"}, set()),
+    ({"cli"}, {"click", "rich"}),
+    ({"__main__"}, set()),
+]  # fmt: skip
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """(modules of the package, third parties) that a file imports anywhere."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            own |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            others |= {name.split(".")[0] for name in names}
+    return own - {"__version__"}, {name for name in others if name not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_one_way(path):
+    rows = [row for row, (names, _) in enumerate(ROWS) if path.stem in names]
+    assert len(rows) == 1, f"{path.stem} has no row of its own"
+    own, others = imports(path)
+    above = set().union(*(names for names, _ in ROWS[: rows[0]]))
+    assert own <= above, f"{path.stem} may not import {own - above}"
+    assert others <= ROWS[rows[0]][1], f"{path.stem} may not use {others - ROWS[rows[0]][1]}"
+
+
+def test_there_is_no_module_for_odds_and_ends():
+    assert not {"utils", "helpers", "common", "misc"} & {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        found |= commands(command, f"{name} ") if isinstance(command, click.Group) else {prefix + name: command}
+    return found
+
+
+def test_every_command_and_option_has_help_and_stands_in_the_readme():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    for name, command in commands(cli).items():
+        assert command.help, name
+        assert f"gguftool {name}" in readme, f"README does not mention `gguftool {name}`"
+        for option in command.params:
+            assert isinstance(option, click.Argument) or option.help, f"{name} {option.name}"
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = "import sys; from gguftool.cli import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "gguf", "transformers", "llama_cpp", "rich"} & set(done.stdout.split())
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "gguftool", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    # 0.3 s on an idle machine; the bound is wider because a busy one must not fail the test.
+    assert min(times) < 1.0
