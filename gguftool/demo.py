@@ -22,7 +22,7 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
     """Calibrates on code, judges on code and on prose, and puts quantization alone beside it."""
     texts = builtin.texts()
     job = Job(
-        model=builtin.unpack(out / "model"),
+        model=builtin.unpack(out / "Builtin-7M"),
         calibration=[texts["calib_code"]],
         evaluation=[texts["eval_code"], texts["eval_prose"]],
         runtime=runtime,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from .plan import PrunePlan
@@ -71,40 +72,41 @@ class Report:
             partial.write_text(text, encoding="utf-8")
             partial.replace(folder / name)
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        head = ["model", "size", "of base"]
-        for text in self.base:
-            head += [f"perplexity, {text}", f"KL, {text}", "same top"]
-        first = ["original", megabytes(self.base_bytes), "100 %"]
-        for values in self.base.values():
-            first += [with_error(values["ppl"], values["ppl_err"]), "", ""]
-        return head, [first, *(self._row_cells(row) for row in self.rows)]
+    def _cells(self, short: bool) -> tuple[list[str], list[list[str]]]:
+        """Head and rows; `short` leaves out what a terminal has no room for."""
+        head = ["model", "size"] + ([] if short else ["of base"])
+        first = ["original", megabytes(self.base_bytes)] + ([] if short else ["100 %"])
+        for text, values in self.base.items():
+            head += [f"perplexity, {text}", f"KL, {text}"] + ([] if short else ["same top"])
+            first += [with_error(values["ppl"], values["ppl_err"]), ""] + ([] if short else [""])
+        return head, [first, *(self._row_cells(row, short) for row in self.rows)]
 
-    def _row_cells(self, row: Row) -> list[str]:
-        cells = [row.label, megabytes(row.bytes), f"{100 * row.bytes / self.base_bytes:.1f} %"]
+    def _row_cells(self, row: Row, short: bool) -> list[str]:
+        cells = [row.label, megabytes(row.bytes)] + ([] if short else [f"{100 * row.bytes / self.base_bytes:.1f} %"])
         for text in self.base:
             value = row.texts[text]
             cells += [
                 with_error(value["pruned"]["ppl"], value["pruned"]["ppl_err"]),
                 f"{value['kld']['mean']:.5f} ± {value['kld']['err']:.5f}",
-                f"{100 * value['same_top']:.1f} %",
             ]
+            cells += [] if short else [f"{100 * value['same_top']:.1f} %"]
         return cells
 
     def table(self) -> Table:
         """The report as a table for the terminal."""
-        head, rows = self._cells()
-        table = Table(title=f"{self.model}: what pruning cost", caption=self.protocol, title_justify="left")
+        head, rows = self._cells(short=True)
+        table = Table(title=f"{self.model}: what it cost", caption=self.protocol, title_justify="left", box=box.SIMPLE)
         for index, name in enumerate(head):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index < 3)
+            label = name.replace(", ", "\n")
+            table.add_column(label, justify="left" if index == 0 else "right", no_wrap=True)
         for cells in rows:
             table.add_row(*cells)
         return table
 
     def markdown(self) -> str:
         """The report as a Markdown page."""
-        head, rows = self._cells()
-        lines = [f"# {self.model}: what pruning cost", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        head, rows = self._cells(short=False)
+        lines = [f"# {self.model}: what it cost", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         lines += [f"| {' | '.join(cells)} |" for cells in rows]
         lines += ["", self.protocol, "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
