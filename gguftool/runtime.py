@@ -273,7 +273,9 @@ def _prepare_source(sdist: Path, source: Path, patched: bool) -> None:
     base = read_base()
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
         with tarfile.open(sdist) as archive:
-            archive.extractall(scratch, filter="data")
+            # The hash is checked, so an old Python without filters (before 3.11.4) may unpack it too.
+            options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(scratch, **options)
         fresh = Path(scratch) / f"{base.package.replace('-', '_')}-{base.version}" / base.root
         for name in series() if patched else ():
             _apply(patches_dir() / name, fresh)

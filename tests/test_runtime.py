@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_series_is_complete_and_applies():
     done = subprocess.run(
-        [ROOT / "scripts" / "llama-patches", "check", "--sdist", rt.fetch()], capture_output=True, text=True
+        [sys.executable, ROOT / "scripts" / "llama-patches", "check", "--sdist", rt.fetch()],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
