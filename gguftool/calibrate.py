@@ -1,117 +1,20 @@
-"""One forward pass over the calibration texts, one decoder layer in memory at a time.
-
-The hidden states of all windows lie on disk. A layer is loaded, run over all of them and freed, and what its experts
-and matrices saw is added up in float64. After every layer the work directory is a complete state to go on from.
-"""
+"""Calibration: one pass over the texts that takes every sum that a criterion, a plan or an imatrix needs."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import Checkpoint
-from .errors import GgufToolError
-from .inventory import gguf_name, model_facts
-from .loader import LayerLoader
-from .recorders import ExpertRecorder, LinearRecorder, recording
+from .forward import LayeredPass, LayerStream, Progress, Windows, identity
+from .inventory import model_facts
+from .recorders import ExpertRecorder
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS, CalibrationStats, Domain
 from .workdir import WorkDir
-
-Progress = Callable[[int, int, str], None]
-Windows = NDArray[np.int64]
-Arrays = dict[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """How the model calls each of its decoder layers for a batch of one size, beside the hidden states."""
-
-    args: list[tuple[Any, ...]]
-    kwargs: list[dict[str, Any]]
-
-
-class LayerStream:
-    """The model's own forward pass, cut into embedding, decoder layers and final norm."""
-
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.checkpoint = checkpoint
-        self.loader = LayerLoader(checkpoint, device, dtype)
-        self._base, _, self._list = checkpoint.architecture.layers.rpartition(".")
-        self._calls: dict[int, LayerCall] = {}
-
-    def outer_modules(self) -> list[str]:
-        """Paths of what lies around the decoder layers, without the output matrix: embedding and final norm."""
-        base = self.loader.model.get_submodule(self._base)
-        children = [(name, child) for name, child in base.named_children() if name != self._list]
-        return [f"{self._base}.{name}" for name, child in children if any(True for _ in child.parameters())]
-
-    @torch.inference_mode()
-    def embed(self, windows: Windows) -> Tensor:
-        """Token ids [B, T] -> what the first decoder layer is given, [B, T, d].
-
-        Learns on the way how the model calls its layers for a batch of this size.
-        """
-        call, first = LayerCall([], []), []
-
-        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            first.append(hidden)
-            call.args.append(args)
-            call.kwargs.append(kwargs)
-            return hidden
-
-        self._run_without_layers(record, input_ids=torch.from_numpy(windows).to(self.loader.device))
-        self._calls[len(windows)] = call
-        return first[0]
-
-    @torch.inference_mode()
-    def layer(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Decoder layer `index` on hidden states [B, T, d], called as the model calls it."""
-        call = self._calls[len(hidden)]
-        out = module(hidden, *call.args[index], **call.kwargs[index])
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
-    @torch.inference_mode()
-    def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, T, d] behind the last layer -> the input of the output matrix, [B, T, d]."""
-        return self._run_without_layers(lambda x, *_, **__: x, inputs_embeds=hidden)
-
-    def _run_without_layers(self, stand_in: Callable[..., Tensor], **inputs: Tensor) -> Tensor:
-        """Runs the model's own forward with a function in place of every decoder layer."""
-        base = self.loader.model.get_submodule(self._base)
-        layers = getattr(base, self._list)
-        setattr(base, self._list, nn.ModuleList(_StandIn(layer, stand_in) for layer in layers))
-        try:
-            result: Tensor = base(**inputs, use_cache=False, return_dict=True).last_hidden_state
-            return result
-        finally:
-            setattr(base, self._list, layers)
-
-
-class _StandIn(nn.Module):
-    """Takes a decoder layer's place, with its attributes, and calls a function instead."""
-
-    def __init__(self, layer: nn.Module, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.__dict__.update(replaced=layer, function=function)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["replaced"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if "hidden_states" in kwargs:
-            args = (kwargs.pop("hidden_states"), *args)
-        result: Tensor = self.__dict__["function"](*args, **kwargs)
-        return result
 
 
 def calibrate(
@@ -138,15 +41,17 @@ def calibrate(
 
     Raises GgufToolError for a checkpoint or windows that do not fit, and where a layer's output is not finite.
     """
-    n_ctx = _check_domains(checkpoint, domains)
-    if batch < 1:
-        raise GgufToolError(f"a batch of {batch} windows makes no progress; it takes at least 1")
     facts = model_facts(checkpoint)
-    run = _Run(LayerStream(checkpoint, device, dtype), domains, batch, progress)
-    work = WorkDir(work_dir, _identity(checkpoint, domains, dtype, hidden_dtype), run.shape, hidden_dtype)
-    run.start(work)
-    while work.position is not None and work.position < checkpoint.n_layers:
-        run.layer(work, work.position)
+    shape = (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
+
+    def record(module: nn.Module, layer: int) -> ExpertRecorder:
+        return ExpertRecorder(module, len(domains), shape, layer)
+
+    run = LayeredPass(
+        LayerStream(checkpoint, device, dtype), domains, record, linears=True, batch=batch, progress=progress
+    )
+    work = WorkDir(work_dir, identity(checkpoint, domains, dtype, hidden_dtype), run.shape, hidden_dtype)
+    run.run(work)
     linears = run.finish(work)
     saved = [work.sums(layer) for layer in range(checkpoint.n_layers)]
     moe = [saved[layer] for layer in checkpoint.moe_layers]
@@ -155,159 +60,13 @@ def calibrate(
     stats = CalibrationStats(
         model=facts,
         domains=tuple(domain for domain, _ in domains),
-        n_ctx=n_ctx,
+        n_ctx=run.n_ctx,
         experts={name: np.stack([arrays[f"expert.{name}"] for arrays in moe], axis=1) for name in EXPERT_SUMS},
         neurons={name: np.stack([arrays[f"neuron.{name}"] for arrays in moe]) for name in NEURON_SUMS | WEIGHT_NORMS},
         expert_inputs=np.stack([arrays["expert_inputs"] for arrays in moe]),
         linears=linears,
-        linear_tokens=run.shape[0] * n_ctx,
+        linear_tokens=run.windows.size,
     )
     stats.check()
     work.remove()
     return stats
-
-
-class _Run:
-    """The loops over batches of one calibration."""
-
-    def __init__(
-        self, stream: LayerStream, domains: Sequence[tuple[Domain, Windows]], batch: int, progress: Progress | None
-    ) -> None:
-        self.stream, self.checkpoint = stream, stream.checkpoint
-        self.windows = np.concatenate([windows for _, windows in domains])
-        self.n_domains = len(domains)
-        self.batches = list(_batches([len(windows) for _, windows in domains], batch))
-        self.shape = (*self.windows.shape, self.checkpoint.n_embd)
-        self.progress = progress or (lambda done, total, text: None)
-
-    def start(self, work: WorkDir) -> None:
-        """Embeds all windows where the work directory is new; else only learns how the layers are called."""
-        model, loader = self.stream.loader.model, self.stream.loader
-        for path in self.stream.outer_modules():
-            loader.materialise(path)
-        if work.position is None:
-            with work.next_hidden() as append:
-                for _, part in self.batches:
-                    append(self.stream.embed(self.windows[part]))
-            work.advance()
-        else:
-            for size in {part.stop - part.start for _, part in self.batches}:
-                self.stream.embed(self.windows[:size])
-        embedding = model.get_input_embeddings()
-        loader.release(next(path for path, module in model.named_modules() if module is embedding))
-
-    def layer(self, work: WorkDir, index: int) -> None:
-        """Runs all windows through decoder layer `index` and saves its sums."""
-        row, checkpoint = self.checkpoint.architecture, self.checkpoint
-        module = self.stream.loader.materialise_layer(index)
-        shape = (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
-        linears, experts = LinearRecorder(), None
-        hidden = work.hidden()
-        with ExitStack() as stack:
-            if index in checkpoint.moe_layers:
-                target = module.get_submodule(row.experts)
-                experts = ExpertRecorder(target, self.n_domains, shape, index)
-                stack.enter_context(recording(target, experts))
-            stack.enter_context(linears.watching(_matrices(checkpoint, module, index)))
-            append = stack.enter_context(work.next_hidden())
-            for domain, part in self.batches:
-                if experts is not None:
-                    experts.domain = domain
-                out = self.stream.layer(module, index, _to(hidden[part], self.stream.loader))
-                if not torch.isfinite(out).all():
-                    raise GgufToolError(
-                        f"layer {index}: its output is not finite; the weights are damaged or {out.dtype} overflowed"
-                    )
-                append(out)
-                self._report(index, part.stop)
-        del hidden
-        self.stream.loader.release_layer(index)
-        work.advance(self._sums(index, experts, linears))
-
-    def _sums(self, index: int, experts: ExpertRecorder | None, linears: LinearRecorder) -> Arrays:
-        """The layer's sums by the names that the work directory keeps them under."""
-        arrays = {f"linear.{name}": value.cpu().numpy() for name, value in linears.sums.items()}
-        if experts is None:
-            return arrays
-        arrays |= {f"expert.{name}": value.cpu().numpy() for name, value in experts.experts.items()}
-        arrays |= {f"neuron.{name}": value.cpu().numpy() for name, value in experts.neurons.items()}
-        arrays["expert_inputs"] = experts.inputs.cpu().numpy()
-        routed, expected = arrays["expert.count"].sum(), self.windows.size * self.checkpoint.n_expert_used
-        if routed != expected:
-            raise GgufToolError(f"layer {index}: {int(routed)} tokens were routed, not tokens x top-k = {expected}")
-        odd = [name for name, value in arrays.items() if not np.isfinite(value).all()]
-        if odd:
-            raise GgufToolError(f"layer {index}: the sum {odd[0]} is not finite; the weights are damaged")
-        return arrays
-
-    def finish(self, work: WorkDir) -> Arrays:
-        """The sums at the output matrix, under the name of the tensor that is multiplied there."""
-        tied = bool(getattr(self.checkpoint.config, "tie_word_embeddings", False))
-        name = "token_embd.weight" if tied else "output.weight"
-        linears, hidden = LinearRecorder(), work.hidden()
-        for _, part in self.batches:
-            linears.add(name, self.stream.finish(_to(hidden[part], self.stream.loader)))
-        return {name: value.cpu().numpy() for name, value in linears.sums.items()}
-
-    def _report(self, layer: int, windows: int) -> None:
-        total, count = self.checkpoint.n_layers, len(self.windows)
-        self.progress(layer * count + windows, total * count, f"layer {layer + 1} of {total}")
-
-
-def _to(hidden: Tensor, loader: LayerLoader) -> Tensor:
-    return hidden.to(device=loader.device, dtype=loader.model.dtype)
-
-
-def _matrices(checkpoint: Checkpoint, layer: nn.Module, index: int) -> dict[str, nn.Module]:
-    """GGUF tensor name -> module, for every module of a decoder layer that multiplies by a matrix of its own."""
-    found: dict[str, nn.Module] = {}
-    for path, module in layer.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.ndim == 2:
-            found[gguf_name(checkpoint, checkpoint.layer_name(index, path) + ".weight")] = module
-    return found
-
-
-def _batches(windows: Sequence[int], size: int) -> Iterator[tuple[int, slice]]:
-    """(domain, windows) of at most `size` windows of one domain each, in order."""
-    start = 0
-    for domain, count in enumerate(windows):
-        for offset in range(0, count, size):
-            yield domain, slice(start + offset, start + min(offset + size, count))
-        start += count
-
-
-def _check_domains(checkpoint: Checkpoint, domains: Sequence[tuple[Domain, Windows]]) -> int:
-    """The context length of the windows. Raises GgufToolError for windows that the model cannot be run on."""
-    if not domains:
-        raise GgufToolError("no calibration text was given")
-    lengths = {windows.shape[1] for _, windows in domains}
-    if len(lengths) != 1:
-        raise GgufToolError(f"the texts were cut into windows of different lengths: {sorted(lengths)}")
-    n_ctx = int(lengths.pop())
-    longest = getattr(checkpoint.config, "max_position_embeddings", None)
-    if longest is not None and n_ctx > longest:
-        raise GgufToolError(f"a context of {n_ctx} tokens is more than the model's {longest}")
-    for domain, windows in domains:
-        if domain.tokens != windows.size or not windows.size:
-            raise GgufToolError(f"{domain.name}: {windows.size} tokens in windows, {domain.tokens} stated")
-        if windows.min() < 0 or windows.max() >= checkpoint.n_vocab:
-            raise GgufToolError(
-                f"{domain.name}: token ids run from {windows.min()} to {windows.max()}, the model knows"
-                f" {checkpoint.n_vocab}; is it the model's own tokenizer?"
-            )
-    return n_ctx
-
-
-def _identity(
-    checkpoint: Checkpoint, domains: Sequence[tuple[Domain, Windows]], dtype: torch.dtype, hidden_dtype: torch.dtype
-) -> dict[str, Any]:
-    """What a stopped run has to share with a new one, for the new one to go on from it."""
-    return {
-        "model": checkpoint.fingerprint,
-        "domains": [asdict(domain) for domain, _ in domains],
-        "windows": [hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest() for _, windows in domains],
-        "n_ctx": int(domains[0][1].shape[1]),
-        "dtype": str(dtype),
-        "hidden_dtype": str(hidden_dtype),
-    }

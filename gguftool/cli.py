@@ -260,12 +260,16 @@ def plan(
 @cli.command()
 @click.argument("base", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan to carry out.")
+@click.option("--refit", "refit_path", type=FILE, help="Refitted weights, as `gguftool refit` makes them.")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
 @_force
 @_output
-def prune(base: Path, plan_path: Path, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool) -> None:
+def prune(
+    base: Path, plan_path: Path, refit_path: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
     """Write a plan's GGUF, a tensor at a time."""
+    from .down_weights import DownWeights
     from .plan import PrunePlan
     from .report import types_table
     from .runtime import find
@@ -275,8 +279,8 @@ def prune(base: Path, plan_path: Path, out: Path, dry_run: bool, force: bool, as
     found = find()
     with terminal.progress() as progress:
         report = run(
-            base, PrunePlan.load(plan_path), out, ggml=found.ggml if found else None, force=force, dry_run=dry_run,
-            progress=progress,
+            base, PrunePlan.load(plan_path), out, ggml=found.ggml if found else None,
+            refit=DownWeights.load(refit_path) if refit_path else None, force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     for note in report.notes:
         terminal.say(f"note: {note}")
@@ -289,6 +293,38 @@ def prune(base: Path, plan_path: Path, out: Path, dry_run: bool, force: bool, as
     listing = [types_table(report.tensors)] if dry_run else []
     verb = "would be" if dry_run else "is"
     terminal.show(facts, *listing, f"{out} {verb} {report.layout}, {report.file_bytes:,} bytes")
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, required=True, help="Plan whose experts to refit.")
+@_data
+@click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --refit`.")
+@_n_ctx
+@_windows
+@_device
+@_force
+@_output
+def refit(
+    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str,
+    force: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Let the neurons that stay take over from those that go: one more pass, least squares on the down projection."""
+    from .checkpoint import open_checkpoint
+    from .corpus import load_domain
+    from .gguf_file import check_output
+    from .plan import PrunePlan
+    from .refit import refit as run
+
+    check_output(out, force)
+    terminal = _terminal(as_json, quiet)
+    checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
+    tokenizer = checkpoint.tokenizer()
+    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    with terminal.progress() as progress:
+        made = run(checkpoint, plan, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
+    made.save(out)
+    terminal.show({"path": str(out), "experts": len(made.weights)}, f"{out}: {len(made.weights)} experts refitted")
 
 
 @cli.command()
@@ -392,6 +428,7 @@ def validate(
     "--eval", "evaluation", type=FILE, multiple=True, required=True, help="Text to judge by; may be repeated."
 )
 @click.option("--quant", "target", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
+@click.option("--refit/--no-refit", default=False, show_default=True, help="Refit what stays; one more pass.")
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
 @_recipe
 @_n_ctx
@@ -402,7 +439,7 @@ def validate(
 @_backend
 @_output
 def compress(
-    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, out: Path, n_ctx: int,
+    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: bool, out: Path, n_ctx: int,
     windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
     as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
@@ -418,7 +455,7 @@ def compress(
             model=model, calibration=data, evaluation=evaluation, runtime=found, llama=llama, progress=progress,
             n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
         )  # fmt: skip
-        report = run(job, out, recipe, target, terminal.say)
+        report = run(job, out, recipe, terminal.say, refit=refit)
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
 
 

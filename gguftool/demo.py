@@ -32,21 +32,22 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
         pre_tokenizer="qwen2",
     )
     work = Workspace(out, say)
-    _, base, stats = prepare(job, work)
+    source = prepare(job, work)
     built: list[Built] = []
     for ratio in RATIOS:
-        built += [build(job, work, base, stats, Recipe(method, ratio), None) for method in METHODS]
+        built += [build(job, work, source, Recipe(method, ratio)) for method in METHODS]
+        built.append(build(job, work, source, Recipe("global", ratio), refit=True))
     built += [
-        build(job, work, base, stats, Recipe("global", ratio, target=target), target)
+        build(job, work, source, Recipe("global", ratio, target=target), refit=True)
         for target in PRUNE_THEN_QUANTIZE
         for ratio in (0.25, 0.4)
     ]
-    built += [quantize_base(job, work, base, stats, target) for target in QUANTIZE_ONLY]
+    built += [quantize_base(job, work, source, target) for target in QUANTIZE_ONLY]
     notes = [
         "calibrated on code: eval_code is text of the calibration domain, eval_prose is not",
         "whole-expert methods round the ratio to whole experts of each layer",
         "unpruned rows are what you would pick instead: compare at equal size",
     ]
-    report = judge(job, base, built, stats.model.name, notes)
+    report = judge(job, source.base, built, source.stats.model.name, notes)
     report.save(out)
     return report

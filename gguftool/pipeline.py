@@ -19,16 +19,19 @@ from .calibrate import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import load_domain
+from .down_weights import DownWeights
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
+from .forward import Windows
 from .gguf_file import Progress
 from .plan import PrunePlan
 from .planner import fingerprint, make_plan
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
+from .refit import refit as refit_weights
 from .report import Report, Row
 from .runtime import Runtime
-from .stats import CalibrationStats
+from .stats import CalibrationStats, Domain
 from .writer import prune
 
 Say = Callable[[str], None]
@@ -88,7 +91,17 @@ class Job:
     device: str = "cpu"
 
 
-def prepare(job: Job, work: Workspace) -> tuple[Checkpoint, Path, CalibrationStats]:
+@dataclass(frozen=True)
+class Prepared:
+    """The dear part: the checkpoint, its GGUF, its stats, and the windows they were taken on."""
+
+    checkpoint: Checkpoint
+    base: Path
+    stats: CalibrationStats
+    domains: Sequence[tuple[Domain, Windows]]
+
+
+def prepare(job: Job, work: Workspace) -> Prepared:
     """Checkpoint, base GGUF and stats: the dear part. All inputs are opened and checked before the first step."""
     checkpoint = open_checkpoint(job.model)
     tokenizer = checkpoint.tokenizer()
@@ -108,7 +121,7 @@ def prepare(job: Job, work: Workspace) -> tuple[Checkpoint, Path, CalibrationSta
         calibrate(checkpoint, domains, scratch, device=job.device, progress=job.progress).save(path)
 
     path = work.step("stats.safetensors", inputs | {"texts": texts, "n_ctx": job.n_ctx}, measure)
-    return checkpoint, base, CalibrationStats.load(path)
+    return Prepared(checkpoint, base, CalibrationStats.load(path), domains)
 
 
 @dataclass(frozen=True)
@@ -121,34 +134,55 @@ class Built:
     path: Path
 
 
-def build(job: Job, work: Workspace, base: Path, stats: CalibrationStats, recipe: Recipe, target: str | None) -> Built:
-    """Plans, prunes and (with a target) quantizes one recipe; files are named by the ecosystem's convention."""
+def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit: bool = False) -> Built:
+    """Plans, perhaps refits, prunes and (with a target) quantizes one recipe.
+
+    Files are named by the ecosystem's convention, <model>-<METHOD><percent>-<encoding>.gguf.
+    """
+    stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
     percent = round(100 * recipe.ratio)
     stem = f"{stats.model.name}-{recipe.method.upper().replace(',', '_')}{percent}"
+    label = f"{recipe.method} {percent} %"
     inputs = {"stats": fingerprint(stats), "recipe": asdict(plan.recipe), "base": work.state.get("base.gguf")}
-    work.step(f"{stem}.plan.json", inputs, plan.save)
-    kept = {"kept": plan.kept_hash} | inputs
+    work.step(f"{stem}{f'-{target}' if target else ''}.plan.json", inputs, plan.save)
+    kept: dict[str, Any] = {"kept": plan.kept_hash, "stats": inputs["stats"], "base": inputs["base"], "refit": refit}
+    weights = None
+    if refit and any(0 < width < plan.n_ff_exp for layer in plan.layers for width in layer.widths):
+        path = work.step(f"{stem}.refit.safetensors", kept, lambda path: _refit(job, work, source, plan).save(path))
+        weights = DownWeights.load(path)
+        stem, label = f"{stem}R", f"{label} + refit"
     pruned = work.step(
         f"{stem}-{_base_encoding(stats)}.gguf",
         kept,
-        lambda path: prune(base, plan, path, ggml=job.runtime.ggml, progress=job.progress),
+        lambda path: prune(base, plan, path, ggml=job.runtime.ggml, refit=weights, progress=job.progress),
     )
     if target is None:
-        return Built(f"{recipe.method} {percent} %", plan, _base_encoding(stats), pruned)
+        return Built(label, plan, _base_encoding(stats), pruned)
     final = work.step(
         f"{stem}-{target}.gguf",
         kept | {"target": target, "runtime": job.runtime.path.name},
         lambda path: quantize(pruned, target, path, imatrix=stats, tools=_quantizer(job)),
     )
-    return Built(f"{recipe.method} {percent} % {target}", plan, target, final)
+    return Built(f"{label} {target}", plan, target, final)
 
 
-def quantize_base(job: Job, work: Workspace, base: Path, stats: CalibrationStats, target: str) -> Built:
+def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan) -> DownWeights:
+    scratch = work.folder / "refit.partial"
+    return refit_weights(source.checkpoint, plan, source.domains, scratch, device=job.device, progress=job.progress)
+
+
+def quantize_base(job: Job, work: Workspace, source: Prepared, target: str) -> Built:
     """The unpruned model at `target`: what a user would pick instead."""
+    base, stats = source.base, source.stats
     path = work.step(
         f"{stats.model.name}-{target}.gguf",
-        {"base": work.state.get("base.gguf"), "stats": fingerprint(stats), "target": target},
+        {
+            "base": work.state.get("base.gguf"),
+            "stats": fingerprint(stats),
+            "target": target,
+            "runtime": job.runtime.path.name,
+        },
         lambda path: quantize(base, target, path, imatrix=stats, tools=_quantizer(job)),
     )
     return Built(f"unpruned {target}", None, target, path)
@@ -196,17 +230,19 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     return Report(model, base.stat().st_size, base_values, rows, protocol, tuple(notes))
 
 
-def compress(job: Job, out: Path, recipe: Recipe, target: str | None, say: Say) -> Report:
+def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: bool = False) -> Report:
     """The whole line for one recipe; the report stands beside the files in `out`."""
+    target = recipe.target
     if target is not None:
         encoding.parse_target(target)
     if not job.evaluation:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
     work = Workspace(out, say)
-    _, base, stats = prepare(job, work)
-    built = build(job, work, base, stats, recipe, target)
-    rivals = [quantize_base(job, work, base, stats, target)] if target and target not in encoding.FLOATS else []
+    source = prepare(job, work)
+    built = build(job, work, source, recipe, refit=refit)
+    rivals = [quantize_base(job, work, source, target)] if target and target not in encoding.FLOATS else []
     assert built.plan is not None
-    report = judge(job, base, [built, *rivals], stats.model.name, [built.plan.formula, *built.plan.notes])
+    notes = [built.plan.formula, *built.plan.notes]
+    report = judge(job, source.base, [built, *rivals], source.stats.model.name, notes)
     report.save(out)
     return report

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,6 +16,46 @@ from .errors import GgufToolError
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
 Sums = dict[str, Tensor]
+Neurons = NDArray[np.int64]
+
+
+class Recorder(Protocol):
+    """What stands in for an experts module's forward: the same output, and something recorded on the way."""
+
+    domain: int
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor: ...
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What was recorded, to be saved with the layer."""
+        ...
+
+
+def run_experts(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, n_expert: int, run: Callable[..., Tensor]
+) -> Tensor:
+    """Calls `run(expert, x [n, d], weights [n]) -> [n, d]` for every chosen expert on its own tokens only; [T, d]."""
+    out = torch.zeros_like(hidden_states)
+    k = top_k_index.shape[-1]
+    order = torch.argsort(top_k_index.flatten(), stable=True)
+    counts = torch.bincount(top_k_index.flatten(), minlength=n_expert)
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if not count:
+            continue
+        slots = order[start : start + count]
+        start += count
+        tokens = slots // k
+        gate = top_k_weights.flatten()[slots]
+        out.index_add_(0, tokens, run(expert, hidden_states[tokens], gate).to(out.dtype))
+    return out
+
+
+def neurons_of(module: nn.Module, expert: int, x: Tensor) -> Tensor:
+    """h = act(gate) * up of one expert for tokens x [n, d]: [n, K]."""
+    gated, up = functional.linear(x, module.get_parameter("gate_up_proj")[expert]).chunk(2, dim=-1)
+    activation: Callable[[Tensor], Tensor] = module.act_fn  # type: ignore[assignment]
+    return activation(gated) * up
 
 
 class ExpertRecorder:
@@ -43,27 +85,18 @@ class ExpertRecorder:
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
-        out = torch.zeros_like(hidden_states)
-        k = top_k_index.shape[-1]
-        order = torch.argsort(top_k_index.flatten(), stable=True)
-        counts = torch.bincount(top_k_index.flatten(), minlength=self.inputs.shape[0])
-        start = 0
-        for expert, count in enumerate(counts.tolist()):
-            if not count:
-                continue
-            slots = order[start : start + count]
-            start += count
-            tokens = slots // k
-            gate = top_k_weights.flatten()[slots]
-            out.index_add_(0, tokens, self._run(expert, hidden_states[tokens], gate).to(out.dtype))
-        return out
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.inputs.shape[0], self._run)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The sums by the names that the work directory keeps them under."""
+        found = {f"expert.{name}": value.cpu().numpy() for name, value in self.experts.items()}
+        found |= {f"neuron.{name}": value.cpu().numpy() for name, value in self.neurons.items()}
+        return found | {"expert_inputs": self.inputs.cpu().numpy()}
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
         """One expert on its n tokens x [n, d] with router weights [n]: its weighted output [n, d]; adds to the sums."""
         down = self.module.get_parameter("down_proj")[expert]
-        gated, up = functional.linear(x, self.module.get_parameter("gate_up_proj")[expert]).chunk(2, dim=-1)
-        activation: Callable[[Tensor], Tensor] = self.module.act_fn  # type: ignore[assignment]
-        h = activation(gated) * up
+        h = neurons_of(self.module, expert, x)
         f = functional.linear(h, down)
         self._record(expert, x, h, f, gate, down)
         return f * gate[:, None]
@@ -105,6 +138,52 @@ class ExpertRecorder:
         self.inputs[expert] += x.square().sum(dim=0, dtype=torch.float64)
 
 
+class GramRecorder:
+    """Stands in for an experts module's forward and takes C = sum of g^2 h h^T of the experts that a plan narrows.
+
+    `arrays` gives the refitted down columns of these experts (see `refit`), not C, which would be too big to keep.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        retained: Mapping[int, Neurons],
+        solve: Callable[[Tensor, Tensor, Neurons, int], Tensor],
+    ) -> None:
+        """`retained`: neurons that stay, by expert; `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`."""
+        self.module, self.retained, self.solve, self.domain = module, retained, solve, 0
+        down = module.get_parameter("down_proj")
+        width = down.shape[2]
+        work = torch.promote_types(down.dtype, torch.float32)
+        self.grams = {expert: torch.zeros(width, width, dtype=work, device=down.device) for expert in retained}
+        self.counts = dict.fromkeys(retained, 0)
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
+        n_expert = self.module.get_parameter("down_proj").shape[0]
+        return run_experts(hidden_states, top_k_index, top_k_weights, n_expert, self._run)
+
+    def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
+        h = neurons_of(self.module, expert, x)
+        if expert in self.grams:
+            weighted = (h * gate[:, None]).to(self.grams[expert].dtype)
+            self.grams[expert].addmm_(weighted.T, weighted)
+            self.counts[expert] += len(x)
+        return functional.linear(h, self.module.get_parameter("down_proj")[expert]) * gate[:, None]
+
+    @torch.no_grad()
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Expert -> its refitted down columns, float32 [d, w]."""
+        down = self.module.get_parameter("down_proj")
+        return {
+            str(expert): self.solve(down[expert], self.grams[expert], neurons, self.counts[expert])
+            .float()
+            .cpu()
+            .numpy()
+            for expert, neurons in self.retained.items()
+        }
+
+
 class LinearRecorder:
     """Adds up x^2 over all tokens for the inputs of matrices: GGUF tensor name -> float64 [columns]."""
 
@@ -136,7 +215,7 @@ class LinearRecorder:
 
 
 @contextmanager
-def recording(module: nn.Module, recorder: ExpertRecorder) -> Iterator[None]:
+def recording(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Puts the recorder in place of the experts module's forward for a while."""
     module.forward = recorder.__call__
     try:

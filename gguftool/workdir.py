@@ -122,7 +122,8 @@ class WorkDir:
 
     def _is_saved(self, layer: int) -> bool:
         try:
-            return bool(self.sums(layer))
+            self.sums(layer)
+            return True
         except (OSError, SafetensorError):
             return False
 

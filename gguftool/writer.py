@@ -15,6 +15,7 @@ import numpy as np
 from gguf import GGUFValueType as V
 
 from . import cut, encoding, layout
+from .down_weights import DownWeights
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, header_bytes, write_gguf
 from .layout import STOCK, Piece, parse
@@ -48,6 +49,7 @@ def prune(
     out: Path,
     *,
     ggml: Path | None = None,
+    refit: DownWeights | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -56,6 +58,7 @@ def prune(
 
     Args:
         ggml: shared library of ggml, needed where quantized down columns must be cut.
+        refit: down columns that replace the base file's where experts are narrowed.
         dry_run: check everything, count every byte, write nothing.
 
     Raises:
@@ -63,17 +66,19 @@ def prune(
     """
     if not dry_run:
         check_output(out, force, base)
+    if refit is not None:
+        refit.check(plan.kept_hash)
     file = GgufFile(base)
     pieces = layout.pieces(plan, file.tensors, encoding.TWINS)
     _check_model(file, plan)
-    entries = _entries(file, plan)
+    entries = _entries(file, plan, refit is not None)
     by_name = {piece.spec.name: piece for piece in pieces}
     specs = tuple(piece.spec for piece in pieces)
     header = header_bytes(file.arch, entries, specs, out.parent if out.parent.is_dir() else Path("."))
     size = header + sum(spec.padded_bytes for spec in specs)
     report = PruneReport(layout.layout_of(plan), specs, size, [], _compare_with_plan(file, plan))
     if not dry_run:
-        produce = _producer(file, plan, by_name, ggml, report)
+        produce = _producer(file, plan, by_name, _Source(ggml, refit), report)
         write_gguf(out, file.arch, entries, specs, produce, progress)
     return report
 
@@ -107,7 +112,7 @@ def _compare_with_plan(file: GgufFile, plan: PrunePlan) -> list[str]:
     ]
 
 
-def _entries(file: GgufFile, plan: PrunePlan) -> dict[str, KeyValue]:
+def _entries(file: GgufFile, plan: PrunePlan, refitted: bool) -> dict[str, KeyValue]:
     """The base file's metadata with what pruning changes."""
     entries = {key: file.entry(key) for key in file.keys()}
     kind = layout.layout_of(plan)
@@ -125,7 +130,7 @@ def _entries(file: GgufFile, plan: PrunePlan) -> dict[str, KeyValue]:
     if "general.base_model.count" not in entries:
         entries["general.base_model.count"] = KeyValue(1, V.UINT32)
         entries["general.base_model.0.name"] = KeyValue(base_name, V.STRING)
-    return entries | cut.entries(plan, kind)
+    return entries | cut.entries(plan, kind) | {f"{cut.KEY}refit": KeyValue(refitted, V.BOOL)}
 
 
 def _width_key(file: GgufFile) -> str:
@@ -133,8 +138,29 @@ def _width_key(file: GgufFile) -> str:
     return key if file.value(key, None) is not None else f"{file.arch}.feed_forward_length"
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where the down columns of a narrowed expert come from: its refit, or the base file's rows."""
+
+    ggml: Path | None
+    refit: DownWeights | None
+
+    def columns(self, rows: Bytes, piece: Piece, expert: int, neurons: np.ndarray) -> tuple[Bytes, bool]:
+        """Rows of the piece's type with the kept columns, and whether quantized weights were quantized anew."""
+        assert piece.source is not None and piece.layer is not None
+        target = piece.spec.type
+        fitted = self.refit.weights.get((piece.layer.index, expert)) if self.refit else None
+        if fitted is None:
+            return take_columns(rows, piece.source.type, target, neurons, self.ggml)
+        if fitted.shape != (len(rows), len(neurons)):
+            raise GgufToolError(
+                f"the refit of expert {expert} has shape {fitted.shape}, not {len(rows)} x {len(neurons)}"
+            )
+        return quantize_rows(fitted, target, self.ggml), BLOCKS[target][0] > 1
+
+
 def _producer(
-    file: GgufFile, plan: PrunePlan, pieces: dict[str, Piece], ggml: Path | None, report: PruneReport
+    file: GgufFile, plan: PrunePlan, pieces: dict[str, Piece], source: _Source, report: PruneReport
 ) -> Callable[[TensorSpec], Bytes]:
     def produce(spec: TensorSpec) -> Bytes:
         piece = pieces[spec.name]
@@ -146,12 +172,12 @@ def _producer(
             return raw
         if piece.tier is None:
             return raw[list(piece.layer.router)]
-        return _stack(raw, piece, plan.n_ff_exp, ggml, report)
+        return _stack(raw, piece, plan.n_ff_exp, source, report)
 
     return produce
 
 
-def _stack(raw: Bytes, piece: Piece, n_ff: int, ggml: Path | None, report: PruneReport) -> Bytes:
+def _stack(raw: Bytes, piece: Piece, n_ff: int, source: _Source, report: PruneReport) -> Bytes:
     """One tier's stack out of the whole stack [experts, rows, row bytes] (or [experts, row bytes] for biases)."""
     assert piece.layer is not None and piece.tier is not None and piece.source is not None
     name = parse(piece.source.name)
@@ -167,7 +193,7 @@ def _stack(raw: Bytes, piece: Piece, n_ff: int, ggml: Path | None, report: Prune
                 one if name.role == "down" else _rows(one.reshape(-1, 4), neurons, name.role, n_ff).reshape(-1)
             )
         elif name.role == "down":
-            taken, anew = take_columns(one, piece.source.type, piece.spec.type, neurons, ggml)
+            taken, anew = source.columns(one, piece, expert, neurons)
             if anew and piece.spec.name not in report.requantized:
                 report.requantized.append(piece.spec.name)
             parts.append(taken)
