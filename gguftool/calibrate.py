@@ -27,6 +27,7 @@ def calibrate(
     hidden_dtype: torch.dtype = torch.float32,
     batch: int = 4,
     progress: Progress | None = None,
+    out: Path | None = None,
 ) -> CalibrationStats:
     """Runs the checkpoint over the windows of all domains and returns what was measured.
 
@@ -34,10 +35,11 @@ def calibrate(
         domains: one (domain, token ids [windows, n_ctx]) for each text, as `corpus.load_domain` gives them.
         work_dir: holds the state between layers: the hidden states of all windows (twice, while a layer runs) and the
             sums. A run that was stopped goes on behind its last finished layer when it is started again on the same
-            model, texts and types; otherwise it starts anew. Removed at the end.
+            model, texts and types; otherwise it starts anew. Removed at the end, behind the saving to `out`.
         dtype: of the computation. hidden_dtype: of the hidden states on disk.
         batch: windows that run through a layer at once.
         progress: called with (windows x layers done, all of them, what is being done).
+        out: where to save the stats; where that fails, `work_dir` still has everything for another try.
 
     Raises GgufToolError for a checkpoint or windows that do not fit, and where a layer's output is not finite.
     """
@@ -68,5 +70,7 @@ def calibrate(
         linear_tokens=run.windows.size,
     )
     stats.check()
+    if out is not None:
+        stats.save(out)
     work.remove()
     return stats

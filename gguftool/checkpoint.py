@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -23,7 +25,8 @@ from .architectures import Architecture, for_model_type
 from .errors import GgufToolError
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-HEAD_BYTES = 4096
+# What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
+PIECES, PIECE_BYTES = 10, 4096
 # Tensors of old checkpoints that are recomputed, not loaded (llama.cpp's converter skips the same ones).
 IGNORED = (".rotary_emb.inv_freq",)
 
@@ -60,7 +63,7 @@ class Checkpoint:
     Attributes:
         path: its directory. name: the directory's name, or the last part of the hub id.
         tensors: by name, in the order in which llama.cpp's converter meets them.
-        fingerprint: sha256 over config.json and name, type, shape and leading 4 KiB of every tensor.
+        fingerprint: sha256 over config.json and name, type, shape and ten pieces of 4 KiB of every tensor.
     """
 
     path: Path
@@ -171,7 +174,7 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a checkpoint directory, or fetches a Hugging Face hub id (`owner/name`) into the hub's own cache first.
 
-    Reads config.json, the headers of all shards and the first 4 KiB of every tensor. Raises GgufToolError for whatever
+    Reads config.json, the headers of all shards and ten pieces of 4 KiB of every tensor. Raises GgufToolError for whatever
     is missing, truncated, quantized already or of an unknown architecture.
     """
     directory = _resolve(path)
@@ -302,17 +305,25 @@ def _map_tensor(stored: StoredTensor) -> Tensor:
 def _fingerprint(config: bytes, tensors: Mapping[str, StoredTensor]) -> str:
     """See `Checkpoint`. Tensors go in by name, so that another cut into shards is the same checkpoint."""
     digest = hashlib.sha256(config)
-    streams = {file: file.open("rb") for file in {tensor.file for tensor in tensors.values()}}
-    try:
+    with ExitStack() as stack:
+        maps: dict[Path, mmap.mmap] = {}
+        for file in {tensor.file for tensor in tensors.values()}:
+            stream = stack.enter_context(file.open("rb"))
+            maps[file] = stack.enter_context(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         for name in sorted(tensors):
             tensor = tensors[name]
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-            streams[tensor.file].seek(tensor.offset)
-            digest.update(streams[tensor.file].read(min(HEAD_BYTES, tensor.nbytes)))
-    finally:
-        for stream in streams.values():
-            stream.close()
+            for start, end in _pieces(tensor.nbytes):
+                digest.update(maps[tensor.file][tensor.offset + start : tensor.offset + end])
     return digest.hexdigest()
+
+
+def _pieces(nbytes: int) -> list[tuple[int, int]]:
+    """What is read of a tensor of `nbytes` bytes: all of a small one, else PIECES evenly spaced pieces."""
+    if nbytes <= PIECES * PIECE_BYTES:
+        return [(0, nbytes)]
+    starts = (i * (nbytes - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES))
+    return [(start, start + PIECE_BYTES) for start in starts]
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:

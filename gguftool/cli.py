@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,40 @@ Command = Callable[..., None]
 
 def main() -> None:
     """Runs the command line. A stated failure is one line on stderr and exit code 1; wrong usage is exit code 2."""
+    sys.exit(run())
+
+
+def run() -> int:
+    """The exit code of the command line: 0 done, 1 a stated failure, 2 wrong usage, 130 stopped with Ctrl-C."""
     try:
-        cli(prog_name="gguftool")
+        cli.main(prog_name="gguftool", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(
+            "\nstopped; calibrate, refit, compress and demo go on from here when they are started again", err=True
+        )
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`| head`): nothing is left to say, also not when Python closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except GgufToolError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        return _fail(str(error))
     except (OSError, MemoryError) as error:
-        click.echo(f"error: {error or type(error).__name__}", err=True)
-        sys.exit(1)
+        return _fail(str(error) or type(error).__name__)
+    except Exception as error:
+        if os.environ.get("GGUFTOOL_TRACEBACK"):
+            raise
+        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (GGUFTOOL_TRACEBACK=1 shows where)")
+    return 0
+
+
+def _fail(text: str) -> int:
+    click.echo(f"error: {text}", err=True)
+    return 1
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -162,13 +189,19 @@ def _plain(value: Any) -> str:
 @click.option("--outtype", default="auto", show_default=True, help="As llama.cpp's converter has it.")
 @_pre_tokenizer
 @_force
-def convert(model: Path, out: Path, outtype: str, pre_tokenizer: str | None, force: bool) -> None:
+@_output
+def convert(
+    model: Path, out: Path, outtype: str, pre_tokenizer: str | None, force: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
     """Convert a Hugging Face checkpoint with llama.cpp's own converter."""
     from .convert import convert as run
     from .runtime import require
 
-    run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force)
-    click.echo(out)
+    terminal = _terminal(as_json, quiet)
+    with terminal.progress() as progress:
+        run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, progress=progress)
+    size = out.stat().st_size
+    terminal.show({"path": str(out), "bytes": size}, f"{out}: {size:,} bytes")
 
 
 @cli.command()
@@ -193,14 +226,13 @@ def calibrate(
     from .corpus import load_domain
     from .gguf_file import check_output
 
-    check_output(out, force)
+    check_output(out, force, *data)
     terminal = _terminal(as_json, quiet)
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
     with terminal.progress() as progress:
-        stats = run(checkpoint, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
-    stats.save(out)
+        stats = run(checkpoint, domains, out.with_name(out.name + ".work"), device=device, progress=progress, out=out)
     facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
     unrouted = int((stats.expert("count") == 0).sum())
     terminal.show(
@@ -210,7 +242,8 @@ def calibrate(
 
 
 @cli.command()
-def methods() -> None:
+@_output
+def methods(as_json: bool, quiet: bool) -> None:
     """List the methods, with formula and source."""
     from rich.table import Table
 
@@ -219,14 +252,15 @@ def methods() -> None:
     table = Table("method", "what it does", "source", "layout")
     for method in METHODS.values():
         table.add_row(method.name, method.summary, method.source, "stock" if method.stock else "tiered")
-    _terminal().show({}, table)
+    facts = [{"name": m.name, "summary": m.summary, "source": m.source, "stock": m.stock} for m in METHODS.values()]
+    _terminal(as_json, quiet).show({"methods": facts}, table)
 
 
 @cli.command()
 @click.argument("stats", type=FILE)
 @click.option("-o", "out", type=FILE, required=True, help="Plan to write.")
 @_recipe
-@click.option("--target", metavar="TYPE", help="Type that the file will be quantized to, such as Q4_K_M.")
+@click.option("--target", metavar="TYPE", help="Type that it will be quantized to (with --imatrix), as Q4_K_M.")
 @click.option("--tensors", is_flag=True, help="Print every tensor too.")
 @_force
 @_output
@@ -237,7 +271,7 @@ def plan(
     from .gguf_file import check_output
     from .plan import dumps
     from .planner import make_plan
-    from .report import plan_table, types_table
+    from .report import other_types, plan_table, types_table
     from .stats import CalibrationStats
 
     check_output(out, force, stats)
@@ -250,7 +284,8 @@ def plan(
         click.echo(dumps(made), nl=False)
         return
     layout = "stock" if made.uniform else "tiered"
-    lines = [f"{layout} layout, {made.tensor_bytes:,} bytes of tensors"]
+    lines = [f"other tensors: {other_types(made.encoded or made.tensors)}"]
+    lines.append(f"{layout} layout, {made.tensor_bytes:,} bytes of tensors")
     if made.encoded_bytes is not None:
         lines.append(f"as {target}: {made.encoded_bytes:,} bytes of tensors")
     listing = [types_table(made.encoded or made.tensors)] if tensors else []
@@ -316,15 +351,16 @@ def refit(
     from .plan import PrunePlan
     from .refit import refit as run
 
-    check_output(out, force)
+    check_output(out, force, plan_path, *data)
     terminal = _terminal(as_json, quiet)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
     with terminal.progress() as progress:
         made = run(checkpoint, plan, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
+    count = len(made)
     made.save(out)
-    terminal.show({"path": str(out), "experts": len(made.weights)}, f"{out}: {len(made.weights)} experts refitted")
+    terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")
 
 
 @cli.command()
@@ -334,7 +370,7 @@ def refit(
 @_output
 def expand(source: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Turn a tiered file into one for any llama.cpp, padded with zero neurons: the same function, more bytes."""
-    from .writer import expand as run
+    from .expand import expand as run
 
     terminal = _terminal(as_json, quiet)
     with terminal.progress() as progress:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from .errors import GgufToolError
-from .gguf_file import GgufFile, check_output, check_space, replacing
+from .gguf_file import GgufFile, Progress, check_output, check_space, replacing
 from .hf_to_gguf import PRE_TOKENIZER
 from .runtime import Runtime, last_line
 
 OUT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+# The converter's bar, drawn again and again behind carriage returns.
+_WRITING = re.compile(r"Writing:\s+(\d+)%")
 
 
 def convert(
@@ -23,16 +26,20 @@ def convert(
     pre_tokenizer: str | None = None,
     outtype: str = "auto",
     force: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Converts the checkpoint in `model`.
 
     Args:
         pre_tokenizer: llama.cpp's name of the vocabulary's pre-tokenizer, where its hash is not known to llama.cpp.
-        outtype: as the converter's own; auto keeps the checkpoint's 16 bits.
+        outtype: one of OUT_TYPES; auto keeps the checkpoint's 16 bits.
+        progress: called with (percent written, 100, what is being done).
 
     Raises:
-        GgufToolError: no checkpoint, no room, an unknown pre-tokenizer, or whatever the converter said last.
+        GgufToolError: an unknown type, no checkpoint, no room, an unknown pre-tokenizer, or whatever the converter said last.
     """
+    if outtype not in OUT_TYPES:
+        raise GgufToolError(f"--outtype {outtype}: the converter writes {', '.join(OUT_TYPES)}")
     check_output(out, force)
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     if not (model / "config.json").is_file() or not weights:
@@ -51,10 +58,29 @@ def convert(
             "--outtype",
             outtype,
         ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise GgufToolError(_reason(model, done.stderr))
+        code, log = _run(command, environment, progress)
+        if code:
+            raise GgufToolError(_reason(model, log))
         GgufFile(partial)
+
+
+def _run(command: list[str], environment: dict[str, str], progress: Progress | None) -> tuple[int, str]:
+    """Runs the converter; its exit status and what it logged. Stops it when we are stopped."""
+    log, percent = "", -1
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with process:
+        assert process.stderr is not None
+        try:
+            while chunk := os.read(process.stderr.fileno(), 1 << 16):
+                log += chunk.decode("utf-8", "replace")
+                found = _WRITING.findall(log[-2000:]) if progress else []
+                if progress and found and int(found[-1]) > percent:
+                    percent = int(found[-1])
+                    progress(percent, 100, "converting")
+        except BaseException:
+            process.terminate()
+            raise
+    return process.returncode, log
 
 
 def _reason(model: Path, log: str) -> str:

@@ -16,6 +16,8 @@ from .plan import LayerPlan, PrunePlan, pack_mask, unpack_mask
 
 KEY = "gguftool."
 FILE_VERSION = 1
+# Rises when a criterion of the same name starts to choose differently.
+FORMULA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def entries(plan: PrunePlan, layout: str) -> dict[str, KeyValue]:
         f"{KEY}layout": KeyValue(layout, V.STRING),
         f"{KEY}method": KeyValue(recipe.method, V.STRING),
         f"{KEY}formula": KeyValue(plan.formula, V.STRING),
+        f"{KEY}formula_version": KeyValue(FORMULA_VERSION, V.UINT32),
         f"{KEY}ratio": KeyValue(1 - plan.kept_share, V.FLOAT32),
         f"{KEY}base.name": KeyValue(plan.model_name, V.STRING),
         f"{KEY}base.fingerprint": KeyValue(plan.model_fingerprint, V.STRING),
@@ -80,15 +83,15 @@ def read(file: GgufFile) -> Cut | None:
         raise GgufToolError(
             f"{file.path}: pruned by a gguftool with file version {version}; this one reads {FILE_VERSION}"
         )
-    n_expert, n_ff = int(file.value(f"{KEY}n_expert")), int(file.value(f"{KEY}n_ff_exp"))
+    n_expert, n_ff = file.integer(f"{KEY}n_expert"), file.integer(f"{KEY}n_ff_exp")
     try:
-        layers = _layers(file, n_ff)
-    except ValueError as error:
+        layers = _layers(file, n_expert, n_ff)
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
         raise GgufToolError(f"{file.path}: its gguftool keys contradict each other: {error}") from error
     return Cut(str(file.value(f"{KEY}method")), n_expert, n_ff, layers)
 
 
-def _layers(file: GgufFile, n_ff: int) -> tuple[LayerPlan, ...]:
+def _layers(file: GgufFile, n_expert: int, n_ff: int) -> tuple[LayerPlan, ...]:
     counts = list(file.value(f"{KEY}router_counts"))
     router = list(file.value(f"{KEY}router"))
     widths = list(file.value(f"{KEY}widths"))
@@ -98,6 +101,8 @@ def _layers(file: GgufFile, n_ff: int) -> tuple[LayerPlan, ...]:
     total = sum(counts)
     if len(indices) != len(counts) or len(router) != total or len(widths) != total or len(masks) != total * size:
         raise ValueError(f"{total} experts, {len(router)} ids, {len(widths)} widths, {len(masks)} mask bytes")
+    if not all(0 <= expert < n_expert for expert in router):
+        raise ValueError(f"an expert's id is not below {n_expert}")
     neurons = [unpack_mask(masks[i * size : (i + 1) * size], n_ff) for i in range(total)]
     if [len(kept) for kept in neurons] != widths:
         raise ValueError("widths and masks differ")

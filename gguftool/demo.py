@@ -32,7 +32,7 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
         pre_tokenizer="qwen2",
     )
     work = Workspace(out, say)
-    source = prepare(job, work)
+    source = prepare(job, work, [Recipe(method, ratio) for method in METHODS for ratio in RATIOS])
     built: list[Built] = []
     for ratio in RATIOS:
         built += [build(job, work, source, Recipe(method, ratio)) for method in METHODS]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .errors import GgufToolError
 from .layout import full_shape
-from .tensors import BLOCKS, TensorSpec, row_bytes
+from .tensors import BLOCKS, GGUF_ALIGNMENT, TensorSpec, row_bytes
 
 Bytes = NDArray[np.uint8]
 Progress = Callable[[int, int, str], None]
@@ -91,12 +91,15 @@ class GgufFile:
         """The metadata entry `key`."""
         field = self._reader.fields[key]
         is_array = field.types[0] == gguf.GGUFValueType.ARRAY
-        return KeyValue(field.contents(), field.types[0], field.types[-1] if is_array else None)
+        return KeyValue(self.value(key), field.types[0], field.types[-1] if is_array else None)
 
     def value(self, key: str, default: Any = ...) -> Any:
         """The metadata value of `key`. Raises GgufToolError where it is missing and there is no default."""
         if key in self._reader.fields:
-            return self._reader.fields[key].contents()
+            try:
+                return self._reader.fields[key].contents()
+            except (ValueError, IndexError) as error:  # bytes that are no UTF-8
+                raise GgufToolError(f"{self.path}: {key} cannot be read ({error})") from error
         if default is ...:
             raise GgufToolError(f"{self.path}: has no {key}; not a model that gguftool can use")
         return default
@@ -104,6 +107,18 @@ class GgufFile:
     def arch_value(self, key: str, default: Any = ...) -> Any:
         """The metadata value of `<arch>.<key>`."""
         return self.value(f"{self.arch}.{key}", default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The metadata value of `key`, one whole number. Raises GgufToolError where it is anything else, or missing."""
+        value = self.value(key, ... if default is None else default)
+        if not isinstance(value, int):
+            kind = f"an array of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+            raise GgufToolError(f"{self.path}: {key} is {kind}, and gguftool needs one whole number there")
+        return value
+
+    def arch_integer(self, key: str, default: int | None = None) -> int:
+        """The metadata value of `<arch>.<key>`, one whole number; raises as `integer` does."""
+        return self.integer(f"{self.arch}.{key}", default)
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor called `name`."""
@@ -146,7 +161,10 @@ def write_gguf(
 ) -> None:
     """Streams a GGUF: the header first, then every tensor as `produce` gives it (the shape that GgufFile.raw has).
 
-    Raises GgufToolError where the disk is too small or `produce` gives something else than was announced.
+    The finished file is opened and checked before it takes its name.
+
+    Raises GgufToolError where the disk is too small, the metadata cannot be written, or `produce` gives something else
+    than was announced.
     """
     specs = list(tensors)
     total = sum(spec.padded_bytes for spec in specs)
@@ -154,43 +172,52 @@ def write_gguf(
     with replacing(out) as partial:
         writer = _announce(partial, arch, entries, specs)
         done = 0
-        for spec in specs:
-            data = produce(spec)
-            if data.nbytes != spec.nbytes:
-                raise GgufToolError(f"{spec.name}: {data.nbytes} bytes were made, {spec.nbytes} announced")
-            writer.write_tensor_data(np.ascontiguousarray(data))
-            done += spec.padded_bytes
-            if progress:
-                progress(done, total, spec.name)
-        writer.close()
+        try:
+            for spec in specs:
+                data = produce(spec)
+                if data.nbytes != spec.nbytes:
+                    raise GgufToolError(f"{spec.name}: {data.nbytes} bytes were made, {spec.nbytes} announced")
+                writer.write_tensor_data(np.ascontiguousarray(data))
+                done += spec.padded_bytes
+                if progress:
+                    progress(done, total, spec.name)
+        finally:
+            writer.close()
+        GgufFile(partial)
 
 
-def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[TensorSpec], folder: Path) -> int:
-    """Bytes that a file has before its tensors, found by writing just that."""
-    probe = folder / f".header-{os.getpid()}.partial"
-    try:
-        writer = _announce(probe, arch, entries, list(specs))
-        writer.close()
-        size = probe.stat().st_size
-    finally:
-        probe.unlink(missing_ok=True)
-    return -(-size // 32) * 32
+def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[TensorSpec]) -> int:
+    """Bytes that a file has before its tensors, found by writing just that into a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="gguftool-") as folder:
+        probe = Path(folder) / "header.gguf"
+        _announce(probe, arch, entries, list(specs)).close()
+        return -(-probe.stat().st_size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+
+
+# The writer names the architecture itself, and aligns to 32 whatever the file did that the entries come from.
+_NOT_COPIED = {"general.architecture", "general.alignment"}
 
 
 def _announce(path: Path, arch: str, entries: Mapping[str, KeyValue], specs: list[TensorSpec]) -> gguf.GGUFWriter:
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
     writer = gguf.GGUFWriter(path, arch)
-    for key, entry in entries.items():
-        if key != "general.architecture":
-            writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
-    for spec in specs:
-        shape = (*reversed(spec.ne[1:]), row_bytes(spec.type, spec.ne[0], spec.name))
-        writer.add_tensor_info(
-            spec.name, shape, np.dtype(np.uint8), spec.nbytes, raw_dtype=gguf.GGMLQuantizationType[spec.type]
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    try:
+        for key, entry in entries.items():
+            if key not in _NOT_COPIED:
+                writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
+        for spec in specs:
+            shape = (*reversed(spec.ne[1:]), row_bytes(spec.type, spec.ne[0], spec.name))
+            writer.add_tensor_info(
+                spec.name, shape, np.dtype(np.uint8), spec.nbytes, raw_dtype=gguf.GGMLQuantizationType[spec.type]
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except BaseException as error:
+        writer.close()
+        if not isinstance(error, Exception) or isinstance(error, (OSError, GgufToolError)):
+            raise
+        raise GgufToolError(f"a GGUF header cannot be written: {error}") from error  # gguf-py raises what struct raises
     return writer
 
 
@@ -223,3 +250,11 @@ def check_output(out: Path, force: bool, *inputs: Path) -> None:
             raise GgufToolError(f"{out} is an input; choose another output")
     if out.exists() and not force:
         raise GgufToolError(f"{out} exists; --force replaces it")
+
+
+def copied_entries(file: GgufFile) -> tuple[dict[str, KeyValue], list[str]]:
+    """The metadata of `file` that can be written again, and a note on the rest: gguf-py writes no empty array."""
+    entries = {key: file.entry(key) for key in file.keys()}
+    empty = [key for key, entry in entries.items() if entry.type == gguf.GGUFValueType.ARRAY and not entry.value]
+    notes = [f"empty arrays of the metadata are left out: {', '.join(empty)}"] if empty else []
+    return {key: entry for key, entry in entries.items() if key not in empty}, notes

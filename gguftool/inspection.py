@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 from . import cut, encoding
 from .errors import GgufToolError
 from .gguf_file import GgufFile
-from .layout import STOCK, TIERED, parse, tier_name
+from .layout import STOCK, TIERED, ExpertName, map_name, parse, tier_name
 from .tensors import BLOCKS, TensorSpec
 
 _CHUNK = 1 << 22
+_HASH_TABLE = re.compile(r"blk\.(\d+)\.ffn_gate_tid2eid(?:\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Inspection:
             "path": str(file.path),
             "arch": file.arch,
             "name": file.value("general.name", ""),
-            "file_type": encoding.file_type_name(int(file.value("general.file_type", 0))),
+            "file_type": encoding.file_type_name(file.integer("general.file_type", 0)),
             "layout": self.layout,
             "bytes": file.path.stat().st_size,
             "tensor_bytes": sum(t.padded_bytes for t in file.tensors),
@@ -121,39 +123,113 @@ def _original_ids(pruned: cut.Cut | None, index: int, count: int) -> list[int]:
 
 def check(view: Inspection) -> list[str]:
     """Everything that is wrong with a file, a line each; an empty list for a sound one."""
-    return [*_check_layers(view), *_check_arrays(view), *_check_data(view.file)]
+    return [*_check_layers(view), *_check_tensors(view), *_check_arrays(view), *_check_data(view.file)]
 
 
 def _check_layers(view: Inspection) -> Iterator[str]:
     file = view.file
     specs = {spec.name: spec for spec in file.tensors}
-    used = int(file.arch_value("expert_used_count", 0) or 0)
-    count = int(file.arch_value("expert_count", 0) or 0)
-    groups = int(file.arch_value("expert_group_count", 0) or 0)
+    used, count = file.arch_integer("expert_used_count", 0), file.arch_integer("expert_count", 0)
+    groups = file.arch_integer("expert_group_count", 0)
+    if count and not view.layers:
+        yield f"the metadata says {count} experts, and no layer has any"
     for layer in view.layers:
         n_expert, where = len(layer.experts), f"layer {layer.index}"
-        router = specs.get(f"blk.{layer.index}.ffn_gate_inp.weight")
-        if router is not None and router.ne[-1] != n_expert:
-            yield f"{where}: the router has {router.ne[-1]} rows for {n_expert} experts"
+        if f"blk.{layer.index}.ffn_gate_inp.weight" not in specs:
+            yield f"{where}: blk.{layer.index}.ffn_gate_inp.weight, the router, is missing"
         if n_expert < used:
             yield f"{where}: {n_expert} experts, but {used} are routed per token"
         if groups > 1 and n_expert % groups:
             yield f"{where}: {n_expert} experts do not divide into {groups} groups"
-        tiered = f"blk.{layer.index}.ffn_exps_tier.weight" in specs
+        tiered = map_name(layer.index) in specs
         if not tiered and n_expert != count:
             yield f"{where}: {n_expert} experts, the metadata says {count}"
         if not any(width for _, width in layer.experts):
             yield f"{where}: no expert has a neuron"
-        yield from _check_widths(layer, specs, tiered)
     yield from _check_cut(view)
 
 
-def _check_widths(layer: LayerView, specs: dict[str, TensorSpec], tiered: bool) -> Iterator[str]:
-    for tier, (width, count, _) in enumerate(layer.tiers):
-        for role, factor in (("gate", 1), ("up", 1), ("gate_up", 2)):
-            name = tier_name(layer.index, role, tier) if tiered else f"blk.{layer.index}.ffn_{role}_exps.weight"
-            if name in specs and specs[name].ne[1:] != (width * factor, count):
-                yield f"{name}: {specs[name].ne} does not go with a down projection of {count} experts of width {width}"
+def _check_tensors(view: Inspection) -> Iterator[str]:
+    """Which expert tensors there are, and their shapes."""
+    file = view.file
+    by_layer: dict[int, list[tuple[ExpertName, TensorSpec]]] = {}
+    for spec in file.tensors:
+        if name := parse(spec.name):
+            by_layer.setdefault(name.layer, []).append((name, spec))
+    roles = {name.role for found in by_layer.values() for name, _ in found}
+    gated, n_embd = bool(roles & {"gate", "gate_up"}), _expert_input(file)
+    layers = {layer.index: layer for layer in view.layers}
+    for index, found in sorted(by_layer.items()):
+        if index not in layers:
+            yield f"layer {index}: {found[0][1].name}, but no experts"
+            continue
+        layer, own = layers[index], {spec.name for _, spec in found}
+        tiers = range(len(layer.tiers)) if map_name(index) in own else [None]
+        for tier in tiers:
+            yield from _check_complete(index, tier, own, gated)
+        for name, spec in found:
+            if name.role not in ("router", "map") and name.tier not in tiers:
+                yield f"{spec.name}: left over, it belongs to no expert of its layer"
+            else:
+                yield from _check_shape(layer, name, spec, n_embd or _found_input(found))
+    yield from _check_hash_tables(view)
+
+
+def _expert_input(file: GgufFile) -> int:
+    """Length of what an expert reads and adds to; 0 where the metadata does not say it."""
+    keys = ("moe_latent_size", "expert_latent_length", "embedding_length")
+    return next((n for key in keys if (n := file.arch_integer(key, 0))), 0)
+
+
+def _found_input(found: list[tuple[ExpertName, TensorSpec]]) -> int:
+    """The same, of a file that does not say it, from a layer's first down projection."""
+    return next(spec.ne[1] for name, spec in found if name.role == "down" and name.suffix == "weight")
+
+
+def _check_complete(index: int, tier: int | None, own: set[str], gated: bool) -> Iterator[str]:
+    def named(role: str) -> str:
+        return f"blk.{index}.ffn_{role}_exps.weight" if tier is None else tier_name(index, role, tier)
+
+    if named("gate_up") in own:
+        return
+    for role in ("gate", "up") if gated else ("up",):
+        if named(role) not in own:
+            yield f"{named(role)} is missing"
+
+
+def _check_shape(layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: int) -> Iterator[str]:
+    if name.role == "map":
+        return
+    if name.role == "router":
+        if spec.ne[-1] != len(layer.experts):
+            yield f"{spec.name} has {spec.ne[-1]} rows for {len(layer.experts)} experts"
+        return
+    width, count, _ = layer.tiers[name.tier or 0]
+    rows = width * (2 if name.role == "gate_up" else 1)
+    if name.suffix == "scale":
+        want: tuple[int, ...] = (count,)
+    elif name.suffix == "bias":
+        want = (n_embd if name.role == "down" else rows, count)
+    else:
+        want = (width, n_embd, count) if name.role == "down" else (n_embd, rows, count)
+    if spec.ne != want:
+        yield f"{spec.name} is {spec.ne}, and {count} experts of width {width} need {want}"
+
+
+def _check_hash_tables(view: Inspection) -> Iterator[str]:
+    """Tables that say, for every token, which experts it goes to: llama.cpp's `ffn_gate_tid2eid`, I32 [top-k, tokens]."""
+    counts = {layer.index: len(layer.experts) for layer in view.layers}
+    for spec in view.file.tensors:
+        match = _HASH_TABLE.fullmatch(spec.name)
+        if match is None or spec.type != "I32":
+            continue
+        rows = np.sort(view.file.ints(spec).reshape(-1, spec.ne[0]), axis=1)
+        twice = int((np.diff(rows, axis=1) == 0).any(axis=1).sum())
+        outside = int(((rows < 0) | (rows >= counts.get(int(match[1]), 0))).any(axis=1).sum())
+        if twice:
+            yield f"{spec.name}: {twice} tokens go to the same expert twice"
+        if outside:
+            yield f"{spec.name}: {outside} tokens go to experts that the layer does not have"
 
 
 def _check_cut(view: Inspection) -> Iterator[str]:
@@ -166,12 +242,14 @@ def _check_cut(view: Inspection) -> Iterator[str]:
 
 
 def _check_arrays(view: Inspection) -> Iterator[str]:
-    blocks = int(view.file.arch_value("block_count"))
+    blocks = view.file.arch_integer("block_count")
     for key in view.file.keys():
         if not key.startswith(f"{view.file.arch}."):
             continue
+        if "feed_forward" not in key and "head_count" not in key:
+            continue
         value = view.file.value(key)
-        if isinstance(value, list) and "feed_forward" in key and len(value) != blocks:
+        if isinstance(value, list) and len(value) != blocks:
             yield f"{key} has {len(value)} entries for {blocks} blocks"
 
 

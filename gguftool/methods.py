@@ -139,7 +139,7 @@ def _tenp(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
     is_whole = np.zeros(importance.shape, dtype=bool)
     for row, count in enumerate(whole):
         is_whole[row, np.argsort(-importance[row], kind="stable")[:count]] = True
-    widths = _spread_rest(is_whole, importance, facts.n_ff_exp, kept, align)
+    widths = _spread_rest(is_whole, importance, facts.n_ff_exp, kept, align, recipe.max_tiers)
     formula = f"whole: {describe(expert)}; neurons: {describe(neuron)}"
     note = (
         f"alpha {alpha:.3g}: {is_whole.sum()} of {is_whole.size} experts stay whole, by layer {list(map(int, whole))}"
@@ -164,24 +164,43 @@ def trapezoid(total: int, n_layers: int, n_expert: int, depth: tuple[float, floa
     return counts
 
 
-def _spread_rest(is_whole: np.ndarray, importance: Array, n_ff: int, kept: float, align: int) -> Ints:
-    """Widths that give the experts which are not whole the same share beta of their neurons, up to one slice: [L, E]."""
+def _spread_rest(is_whole: np.ndarray, importance: Array, n_ff: int, kept: float, align: int, max_tiers: int) -> Ints:
+    """Widths that give the experts which are not whole the same share beta of their neurons, up to one slice: [L, E].
+
+    Where `max_tiers` leaves no room for that slice, all of them are equal and what is left of the budget is not used.
+    """
     widths = np.where(is_whole, n_ff, 0).astype(np.int64)
     rest = ~is_whole
     if not rest.any():
         return widths
     budget = int(kept * widths.size * n_ff + 1e-6) - int(widths.sum())
     base = max(0, budget) // (int(rest.sum()) * align) * align
-    widths[rest] = min(base, n_ff)
+    base = min(base, n_ff)
+    widths[rest] = base
+    most = max(_count_tiers(row) for row in widths)
+    if most > max_tiers:
+        raise GgufToolError(
+            f"--max-tiers {max_tiers}: tenp keeps some experts whole and others narrow, which are {most} widths in a "
+            f"layer; take --max-tiers {most} or more, --whole 0, or --method enp"
+        )
     left = budget - int(widths[rest].sum())
     order = np.argsort(np.where(rest, -importance, np.inf), axis=None, kind="stable")
     for flat in order[: int(rest.sum())]:
         step = min(align, n_ff - base)
         if step <= 0 or left < step:
             break
-        widths.flat[flat] += step
+        row, expert = divmod(int(flat), widths.shape[1])
+        widths[row, expert] += step
+        if _count_tiers(widths[row]) > max_tiers:
+            widths[row, expert] -= step
+            continue
         left -= step
     return widths
+
+
+def _count_tiers(row: Ints) -> int:
+    """How many widths above zero a layer's experts have."""
+    return len(np.unique(row[row > 0]))
 
 
 def keep_widths(stats: CalibrationStats, saliency: Array, widths: Ints) -> tuple[LayerPlan, ...]:
@@ -229,3 +248,13 @@ def method(name: str) -> Method:
         criterion = expert_criterion(name)
         return Method(name, f"drop whole experts by {criterion.formula}", criterion.source, True, _drop_by(name))
     return lookup(METHODS, name, "method")
+
+
+def check_options(recipe: Recipe) -> None:
+    """Raises GgufToolError for options that the recipe's method would ignore without a word."""
+    if recipe.method != "tenp":
+        for name in ("whole", "depth"):
+            if getattr(recipe, name) != Recipe.__dataclass_fields__[name].default:
+                raise GgufToolError(f"--{name} is only for tenp, not for {recipe.method}")
+    if recipe.criterion is not None and recipe.method in ("random", "random-slices"):
+        raise GgufToolError(f"--criterion: {recipe.method} takes none")

@@ -14,18 +14,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import encoding
+import numpy as np
+
+from . import __version__, encoding
 from .calibrate import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
-from .corpus import load_domain
+from .corpus import Tokenizer, load_domain, read_text
 from .down_weights import DownWeights
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .forward import Windows
 from .gguf_file import Progress
+from .inventory import model_facts
 from .plan import PrunePlan
-from .planner import fingerprint, make_plan
+from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
 from .refit import refit as refit_weights
@@ -35,6 +38,7 @@ from .stats import CalibrationStats, Domain
 from .writer import prune
 
 Say = Callable[[str], None]
+BEING_MADE = "being made"
 
 
 @dataclass
@@ -48,24 +52,37 @@ class Workspace:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self.state = {}
+            found = {}
+        self.state = {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
     def step(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
-        """The file `name`, made by `make(path)` unless it was made from the same inputs before."""
+        """The file `name`, made by `make(path)` unless it was made from the same inputs before.
+
+        Raises GgufToolError for a file of that name which this folder's runs did not make.
+        """
         path = self.folder / name
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps({"gguftool": __version__, **inputs}, sort_keys=True).encode()).hexdigest()
         if path.exists() and self.state.get(name) == key:
             self.say(f"{name}: already there")
             return path
+        if path.exists() and name not in self.state:
+            raise GgufToolError(f"{path} exists and was not made by this command; choose another folder or move it")
+        if path.exists() and self.state[name] != BEING_MADE:
+            self.say(f"{name}: was made from other inputs or by another recipe; replacing it")
+        # A run that is killed in between must leave no file under another run's key.
+        self._remember(name, BEING_MADE)
         path.unlink(missing_ok=True)
         make(path)
+        self._remember(name, key)
+        return path
+
+    def _remember(self, name: str, key: str) -> None:
         self.state[name] = key
         partial = self.folder / "state.json.partial"
         partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.folder / "state.json")
-        return path
 
 
 @dataclass(frozen=True)
@@ -101,27 +118,54 @@ class Prepared:
     domains: Sequence[tuple[Domain, Windows]]
 
 
-def prepare(job: Job, work: Workspace) -> Prepared:
-    """Checkpoint, base GGUF and stats: the dear part. All inputs are opened and checked before the first step."""
+def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
+    """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
     checkpoint = open_checkpoint(job.model)
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, job.n_ctx, job.windows) for path in job.calibration]
-    for path in job.evaluation:
-        load_domain(path, tokenizer, job.n_ctx, 1)
-    inputs: dict[str, Any] = {"model": checkpoint.fingerprint}
+    _check_evaluation(job, tokenizer)
+    blank = CalibrationStats.blank(model_facts(checkpoint))
+    for recipe in recipes:
+        make_plan(blank, recipe)
+    inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
     base = work.step(
         "base.gguf",
         inputs | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
-        lambda path: convert(job.model, path, job.runtime, pre_tokenizer=job.pre_tokenizer),
+        lambda path: convert(
+            checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
+        ),
     )
     texts = [asdict(domain) for domain, _ in domains]
+    windows = [hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest() for _, tokens in domains]
 
     def measure(path: Path) -> None:
-        scratch = work.folder / "calibrate.partial"
-        calibrate(checkpoint, domains, scratch, device=job.device, progress=job.progress).save(path)
+        scratch = work.folder / "calibrate.work"
+        calibrate(checkpoint, domains, scratch, device=job.device, progress=job.progress, out=path)
 
-    path = work.step("stats.safetensors", inputs | {"texts": texts, "n_ctx": job.n_ctx}, measure)
+    key = inputs | {"texts": texts, "windows": windows, "n_ctx": job.n_ctx}
+    path = work.step("stats.safetensors", key, measure)
     return Prepared(checkpoint, base, CalibrationStats.load(path), domains)
+
+
+def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
+    stems = [path.stem for path in job.evaluation]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise GgufToolError(f"two evaluation texts are called {twice[0]!r}; the report needs different names")
+    if job.n_ctx < 4 or (job.eval_windows is not None and job.eval_windows < 1):
+        raise GgufToolError(
+            f"--ctx {job.n_ctx}, --eval-windows {job.eval_windows}: at least 4 and 1 are needed to score"
+        )
+    for path in job.evaluation:
+        load_domain(path, tokenizer, job.n_ctx, 1)
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    """sha256 over everything small beside the weights: tokenizer, vocabulary, generation config."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.stat().st_size < 1 << 27:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -143,13 +187,15 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     plan = make_plan(stats, recipe)
     percent = round(100 * recipe.ratio)
     stem = f"{stats.model.name}-{recipe.method.upper().replace(',', '_')}{percent}"
+    if plan.recipe.align != DEFAULT_ALIGN:
+        stem += f"-align{plan.recipe.align}"
     label = f"{recipe.method} {percent} %"
     inputs = {"stats": fingerprint(stats), "recipe": asdict(plan.recipe), "base": work.state.get("base.gguf")}
     work.step(f"{stem}{f'-{target}' if target else ''}.plan.json", inputs, plan.save)
     kept: dict[str, Any] = {"kept": plan.kept_hash, "stats": inputs["stats"], "base": inputs["base"], "refit": refit}
     weights = None
     if refit and any(0 < width < plan.n_ff_exp for layer in plan.layers for width in layer.widths):
-        path = work.step(f"{stem}.refit.safetensors", kept, lambda path: _refit(job, work, source, plan).save(path))
+        path = work.step(f"{stem}.refit.safetensors", kept, lambda path: _refit(job, work, source, plan, path))
         weights = DownWeights.load(path)
         stem, label = f"{stem}R", f"{label} + refit"
     pruned = work.step(
@@ -167,9 +213,10 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     return Built(f"{label} {target}", plan, target, final)
 
 
-def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan) -> DownWeights:
-    scratch = work.folder / "refit.partial"
-    return refit_weights(source.checkpoint, plan, source.domains, scratch, device=job.device, progress=job.progress)
+def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, path: Path) -> None:
+    scratch = work.folder / "refit.work"
+    fitted = refit_weights(source.checkpoint, plan, source.domains, scratch, device=job.device, progress=job.progress)
+    fitted.save(path)
 
 
 def quantize_base(job: Job, work: Workspace, source: Prepared, target: str) -> Built:
@@ -201,7 +248,7 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     """Perplexity and KL divergence of every model against the base, on every evaluation text."""
     found: dict[str, list[Comparison]] = {}
     for path in job.evaluation:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         job.progress(0, 1, f"evaluating {len(built)} models on {path.name}")
         found[path.stem] = compare_many(
             base, [item.path for item in built], text, llama=job.llama, n_ctx=job.n_ctx,
@@ -233,12 +280,10 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
 def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: bool = False) -> Report:
     """The whole line for one recipe; the report stands beside the files in `out`."""
     target = recipe.target
-    if target is not None:
-        encoding.parse_target(target)
     if not job.evaluation:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
     work = Workspace(out, say)
-    source = prepare(job, work)
+    source = prepare(job, work, [recipe])
     built = build(job, work, source, recipe, refit=refit)
     rivals = [quantize_base(job, work, source, target)] if target and target not in encoding.FLOATS else []
     assert built.plan is not None

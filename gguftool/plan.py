@@ -160,6 +160,7 @@ class PrunePlan:
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON, a line an expert."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(dumps(self), encoding="utf-8")
         partial.replace(path)

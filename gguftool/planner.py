@@ -10,10 +10,11 @@ import numpy as np
 
 from . import encoding, layout
 from .errors import GgufToolError
-from .methods import method
+from .methods import check_options, method
 from .plan import PrunePlan
 from .recipe import Recipe
 from .stats import CalibrationStats
+from .tensors import TensorSpec
 
 DEFAULT_ALIGN = 32
 
@@ -22,13 +23,14 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     """The plan that `recipe` leads to. Raises GgufToolError where it is impossible, with the layer and the numbers."""
     facts = stats.model
     how = method(recipe.method)
+    check_options(recipe)
     if recipe.layout == "stock" and not how.stock:
         raise GgufToolError(
             f"--layout stock: {recipe.method} gives experts different widths, which only the tiered layout can hold; "
             "take a whole-expert method or enp, or leave --layout out"
         )
     mix = encoding.MixFacts.of_tensors(
-        facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert, has_imatrix=True, twins=True
+        facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert, has_imatrix=recipe.imatrix
     )
     align = recipe.align or _alignment(stats, recipe, mix)
     if align > facts.n_ff_exp:
@@ -51,8 +53,21 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     plan.check()
     plan = replace(plan, notes=(*plan.notes, *_rounding(plan)))
     tensors = tuple(piece.spec for piece in layout.pieces(plan, facts.tensors, encoding.TWINS))
+    # A plan that keeps everything gives the stock file, which llama.cpp quantizes with its own fallbacks.
+    mix = replace(mix, twins=plan.kept_share < 1)
     encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()
+    _check_imatrix(recipe, encoded)
     return replace(plan, tensors=tensors, encoded=encoded)
+
+
+def _check_imatrix(recipe: Recipe, encoded: tuple[TensorSpec, ...]) -> None:
+    if recipe.imatrix or recipe.target is None:
+        return
+    if blind := encoding.needs_imatrix(encoded, recipe.target):
+        raise GgufToolError(
+            f"{recipe.target} needs an importance matrix for {len(blind)} tensors, {blind[0]} the first; "
+            "plan with one, or take a larger encoding"
+        )
 
 
 def _alignment(stats: CalibrationStats, recipe: Recipe, mix: encoding.MixFacts) -> int:
@@ -91,7 +106,10 @@ def _unrouted(stats: CalibrationStats) -> list[str]:
 def fingerprint(stats: CalibrationStats) -> str:
     """sha256 over the model, the texts and every accumulator of the stats."""
     digest = hashlib.sha256(json.dumps([asdict(domain) for domain in stats.domains]).encode())
-    digest.update(stats.model.fingerprint.encode())
-    for values in (*stats.experts.values(), *stats.neurons.values(), stats.expert_inputs):
-        digest.update(np.ascontiguousarray(values).tobytes())
+    digest.update(json.dumps([stats.model.fingerprint, stats.n_ctx, stats.linear_tokens]).encode())
+    # By name: a file gives its arrays back in another order than they were measured in.
+    for values in (stats.experts, stats.neurons, stats.linears, {"expert_inputs": stats.expert_inputs}):
+        for name in sorted(values):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(values[name]).tobytes())
     return digest.hexdigest()

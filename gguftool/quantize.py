@@ -207,8 +207,13 @@ def _entries_for(file: GgufFile, target: str, specs: Sequence[TensorSpec], stats
 
 
 def _check_stats(file: GgufFile, pruned: cut.Cut | None, stats: CalibrationStats) -> None:
-    """Raises GgufToolError for stats of another shape than the unpruned model had."""
+    """Raises GgufToolError for stats of another model than the one that the file was cut from."""
     model = stats.model
+    if pruned and (fingerprint := file.value(f"{cut.KEY}base.fingerprint", "")) and fingerprint != model.fingerprint:
+        raise GgufToolError(
+            f"{file.path} was cut from {file.value(f'{cut.KEY}base.name', 'a model')} ({str(fingerprint)[:12]}), the "
+            f"stats are of {model.name} ({model.fingerprint[:12]}): they are of another model, or of another version"
+        )
     if pruned and (pruned.n_expert, pruned.n_ff_exp) != (model.n_expert, model.n_ff_exp):
         raise GgufToolError(
             f"{file.path} was cut from {pruned.n_expert} experts of {pruned.n_ff_exp} neurons, the stats are of "
@@ -266,7 +271,7 @@ def _refuse_requantizing(file: GgufFile, specs: Sequence[TensorSpec]) -> None:
     if again:
         raise GgufToolError(
             f"{file.path}: {len(again)} tensors are quantized already ({again[0].name} is {again[0].type}); "
-            "quantize the BF16 file instead, or allow requantizing and lose quality twice"
+            "quantize the BF16 file instead"
         )
 
 

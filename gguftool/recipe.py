@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from .errors import GgufToolError
 
@@ -25,6 +26,7 @@ class Recipe:
         depth: TENP's weights of the first and the last layer for whole experts.
         guard: protect super experts from whole-expert drops.
         seed: of the random controls.
+        imatrix: `quantize` will be given the stats, on which some targets' types depend.
     """
 
     method: str
@@ -38,6 +40,7 @@ class Recipe:
     depth: tuple[float, float] = (1.0, 2.0)
     guard: bool = True
     seed: int = 0
+    imatrix: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio < 1.0:
@@ -52,5 +55,7 @@ class Recipe:
             raise GgufToolError(f"--align {self.align} is less than 1")
         if self.layout not in LAYOUTS:
             raise GgufToolError(f"--layout {self.layout!r} is not one of {', '.join(LAYOUTS)}")
-        if min(self.depth) < 0 or max(self.depth) <= 0:
-            raise GgufToolError(f"--depth {self.depth[0]}:{self.depth[1]} needs weights of 0 or more, one above 0")
+        if not all(map(isfinite, self.depth)) or min(self.depth) < 0 or max(self.depth) <= 0:
+            raise GgufToolError(
+                f"--depth {self.depth[0]}:{self.depth[1]} needs finite weights of 0 or more, one above 0"
+            )

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +41,8 @@ def refit(
 ) -> DownWeights:
     """The refitted down columns of every expert that `plan` narrows. Resumable, as `calibrate` is.
 
+    They lie in `work_dir` until they are saved; `DownWeights.save` removes it.
+
     Raises:
         GgufToolError: the plan is for another checkpoint, or narrows no expert.
     """
@@ -58,14 +59,12 @@ def refit(
     key = identity(checkpoint, domains, dtype, dtype) | {"refit": plan.kept_hash, "ridge": RIDGE}
     work = WorkDir(work_dir, key, run.shape, dtype)
     run.run(work)
-    found = {
-        (layer, int(expert)): values.astype(np.float32)
-        for layer in narrowed
-        for expert, values in work.sums(layer).items()
-        if expert.isdigit()
+    places = {
+        (layer, expert): (work.sums_path(layer), str(expert))
+        for layer, experts in narrowed.items()
+        for expert in experts
     }
-    work.remove()
-    return DownWeights(plan.kept_hash, tuple(asdict(domain) for domain, _ in domains), found)
+    return DownWeights(plan.kept_hash, tuple(asdict(domain) for domain, _ in domains), places, work.remove)
 
 
 def narrowed_experts(plan: PrunePlan, index: int) -> dict[int, Neurons]:

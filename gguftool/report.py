@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from .plan import PrunePlan
 from .tensors import TensorSpec
@@ -95,12 +96,13 @@ class Report:
     def table(self) -> Table:
         """The report as a table for the terminal."""
         head, rows = self._cells(short=True)
-        table = Table(title=f"{self.model}: what it cost", caption=self.protocol, title_justify="left", box=box.SIMPLE)
+        table = Table(
+            title=Text(f"{self.model}: what it cost"), caption=self.protocol, title_justify="left", box=box.SIMPLE
+        )
         for index, name in enumerate(head):
-            label = name.replace(", ", "\n")
-            table.add_column(label, justify="left" if index == 0 else "right", no_wrap=True)
+            table.add_column(Text(name.replace(", ", "\n")), justify="left" if index == 0 else "right", no_wrap=True)
         for cells in rows:
-            table.add_row(*cells)
+            table.add_row(*(Text(cell) for cell in cells))
         return table
 
     def markdown(self) -> str:
@@ -149,6 +151,12 @@ def _types(specs: Sequence[TensorSpec]) -> str:
         if kinds:
             found[role] = sorted(set(kinds), key=kinds.index)
     return " / ".join("+".join(kinds) for kinds in found.values())
+
+
+def other_types(specs: Sequence[TensorSpec]) -> str:
+    """The types of everything that is no expert, in a line: how many tensors have which."""
+    kinds = [spec.type for spec in specs if "_exps" not in spec.name]
+    return ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
 
 
 def types_table(specs: Sequence[TensorSpec]) -> Table:

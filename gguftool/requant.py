@@ -32,21 +32,36 @@ def take_columns(
         uint8 [n_rows, row bytes] of type `target`, and whether anything was quantized anew.
     """
     block, size = BLOCKS[source]
-    if source == target and block == 1:
-        return rows.reshape(len(rows), -1, size)[:, columns].reshape(len(rows), -1), False
     if source == target and (blocks := whole_blocks(columns, block)) is not None:
         return rows.reshape(len(rows), -1, size)[:, blocks].reshape(len(rows), -1), False
     floats = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[source])[:, columns]
     return quantize_rows(floats, target, ggml), True
 
 
+def copies(source: str, target: str, columns: NDArray[np.int64]) -> bool:
+    """Whether `take_columns` takes these columns bit for bit."""
+    return source == target and whole_blocks(columns, BLOCKS[source][0]) is not None
+
+
 def whole_blocks(columns: NDArray[np.int64], block: int) -> NDArray[np.int64] | None:
     """Indices of the blocks that `columns` consists of, or None where it cuts into one."""
+    if block == 1:
+        return columns
     if len(columns) % block:
         return None
     grouped = columns.reshape(-1, block)
     aligned = (grouped[:, 0] % block == 0).all() and (np.diff(grouped, axis=1) == 1).all()
     return grouped[:, 0] // block if aligned else None
+
+
+def check_quantizer(target: str, ggml: Path | None) -> None:
+    """Raises GgufToolError, with the remedy, where `quantize_rows` could not write rows of `target`."""
+    if BLOCKS[target][0] == 1:
+        return
+    if target in NEED_IMATRIX:
+        raise GgufToolError(f"{target} cannot be quantized without an imatrix: prune the BF16 file, then quantize that")
+    if ggml is None or not ggml.is_file():
+        raise GgufToolError(f"narrowing {target} tensors needs ggml's quantizer: run `gguftool runtime build` first")
 
 
 def quantize_rows(floats: NDArray[np.float32], target: str, ggml: Path | None) -> Bytes:
@@ -55,10 +70,7 @@ def quantize_rows(floats: NDArray[np.float32], target: str, ggml: Path | None) -
     if BLOCKS[target][0] == 1:
         kind = gguf.GGMLQuantizationType[target]
         return gguf.quants.quantize(floats, kind).view(np.uint8).reshape(len(floats), -1)
-    if target in NEED_IMATRIX:
-        raise GgufToolError(f"{target} cannot be quantized without an imatrix: prune the BF16 file, then quantize that")
-    if ggml is None:
-        raise GgufToolError(f"narrowing {target} tensors needs ggml's quantizer: run `gguftool runtime build` first")
+    check_quantizer(target, ggml)
     out = np.empty((len(floats), row_bytes(target, floats.shape[1])), dtype=np.uint8)
     written = _library(str(ggml)).ggml_quantize_chunk(
         int(gguf.GGMLQuantizationType[target]), floats.ctypes.data, out.ctypes.data, 0, *floats.shape, None

@@ -144,11 +144,20 @@ def default_backend() -> str:
 def locate(backend: str, patched: bool = True) -> Path:
     """Folder that the runtime of today's series has, whether or not it has been built."""
     digest = hashlib.sha256(json.dumps([asdict(read_base()), OPTIONS, BACKENDS[backend], TOOLS]).encode())
-    digest.update(f"{platform.machine()} {sys.platform}".encode())
+    digest.update(f"{platform.machine()} {sys.platform} {_cpu_features()}".encode())
     for name in series() if patched else ():
         digest.update((patches_dir() / name).read_bytes())
     kind = backend if patched else f"{backend}-unpatched"
     return cache_dir() / f"runtime-{kind}-{digest.hexdigest()[:12]}"
+
+
+def _cpu_features() -> str:
+    """What the compiler may use of this CPU: a runtime built for another one would die of an illegal instruction."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
 
 
 def find(backend: str = "auto") -> Runtime | None:
@@ -220,7 +229,7 @@ def _check_tools(backend: str) -> dict[str, str]:
     """Paths of cmake and ninja, from the path or from their Python packages; names all that is missing at once."""
     found, missing = {}, []
     for tool in ("cmake", "ninja"):
-        beside = Path(sys.executable).parent / tool
+        beside = Path(sys.executable).parent / (tool + (".exe" if sys.platform == "win32" else ""))
         path = str(beside) if beside.exists() else shutil.which(tool)
         if path is None:
             missing.append(f"{tool} (pip install {tool})")
@@ -228,6 +237,8 @@ def _check_tools(backend: str) -> dict[str, str]:
             found[tool] = path
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
         missing.append("a C++ compiler (Debian: apt install g++; macOS: xcode-select --install)")
+    if not shutil.which("git") and not shutil.which("patch"):
+        missing.append("git or patch")
     if backend == "cuda" and not shutil.which("nvcc"):
         missing.append("nvcc (the CUDA toolkit)")
     if backend == "vulkan" and not shutil.which("glslc"):
@@ -341,7 +352,9 @@ def _install(work: Path, target: Path, backend: str, patched: bool) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "convert").mkdir(parents=True)
-    wanted = re.compile(r"lib.*\.(so|dylib)(\..*)?|.*\.(dll|metal|metallib)|(llama|test)-[a-z-]+(\.exe)?")
+    # The build folder may hold the tools of a patched build before it; a plain one has only libraries.
+    tools = r"|(llama|test)-[a-z-]+(\.exe)?" if patched else ""
+    wanted = re.compile(r"lib.*\.(so|dylib)(\..*)?|.*\.(dll|metal|metallib)" + tools)
     shutil.copytree(
         work / "build" / "bin", partial / "bin", symlinks=True,
         ignore=lambda _, names: [name for name in names if not wanted.fullmatch(name)],

@@ -62,7 +62,7 @@ class Domain:
 class ModelFacts:
     """What a plan needs to know of the checkpoint, without the checkpoint.
 
-    `fingerprint` is a sha256 over config.json and the names, shapes, types and leading bytes of every tensor.
+    `fingerprint` is a sha256 over config.json and the names, shapes, types and pieces of every tensor.
     `moe_layers` holds the decoder index of each of the L layers that have experts. `tensors` is every tensor of the
     unpruned GGUF as the converter would write it, so that bytes can be counted before anything is written.
     """
@@ -110,6 +110,14 @@ class CalibrationStats:
         """Calibration tokens over all domains."""
         return sum(domain.tokens for domain in self.domains)
 
+    @classmethod
+    def blank(cls, model: ModelFacts) -> CalibrationStats:
+        """Stats of nothing, every expert routed alike: what a recipe can be tried on before the dear pass."""
+        shape = (len(model.moe_layers), model.n_expert)
+        experts = {name: np.ones((1, *shape)) for name in EXPERT_SUMS}
+        neurons = {name: np.ones((*shape, model.n_ff_exp)) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
+        return cls(model, (Domain("blank", "", 0),), 0, experts, neurons, np.ones((*shape, model.n_embd)))
+
     def expert(self, name: str) -> Array:
         """An expert accumulator over all domains, [L, E]: the sum, or the maximum for `max_out`."""
         values = self.experts[name]
@@ -139,7 +147,8 @@ class CalibrationStats:
             )
 
     def save(self, path: Path) -> None:
-        """Writes the stats to `path`, first to `path`.partial."""
+        """Writes the stats to `path`, first to `path`.partial. Raises GgufToolError where that is impossible."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         arrays = {f"expert.{k}": v for k, v in self.experts.items()}
@@ -155,8 +164,12 @@ class CalibrationStats:
             "linear_tokens": self.linear_tokens,
         }
         partial = path.with_name(path.name + ".partial")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, {"gguftool": json.dumps(header)})
-        partial.replace(path)
+        arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+        try:
+            save_file(arrays, partial, {"gguftool": json.dumps(header)})
+            partial.replace(path)
+        except (SafetensorError, OSError) as error:
+            raise GgufToolError(f"{path}: cannot be written ({error})") from error
 
     @classmethod
     def load(cls, path: Path) -> CalibrationStats:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ class _Memory(ProgressColumn):
     """Most memory that this process has taken so far."""
 
     def render(self, task: Task) -> Text:
+        import resource  # not on Windows; see Terminal.progress
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return Text(f"{peak / 1e9:.1f} GB")
 
@@ -50,7 +51,8 @@ class Terminal:
         if not self.err.is_terminal:
             yield self._lines()
             return
-        columns = (TextColumn("{task.description:<40.40}"), BarColumn(), TimeRemainingColumn(), _Memory())
+        memory = () if sys.platform == "win32" else (_Memory(),)
+        columns = (TextColumn("{task.description:<40.40}", markup=False), BarColumn(), TimeRemainingColumn(), *memory)
         with Progress(*columns, console=self.err, transient=True, disable=self.quiet) as bar:
             task = bar.add_task("", total=None)
             seen = [-1]

@@ -131,6 +131,8 @@ def allocate(curves: Array, budget: Budget) -> Ints:
             rich, low = middle, price
         if high - low <= 1e-12 * high or high < 1e-290:
             break
+    if low == 0.0:  # everything of value fits: what is left has none, and no layer deserves it more than another
+        rich = poor
     return grid[_spend_rest(_layers_from_rich(poor, rich, budget), curves, budget)]
 
 
@@ -154,26 +156,89 @@ def _layers_from_rich(poor: Ints, rich: Ints, budget: Budget) -> Ints:
 
 
 def _spend_rest(choice: Ints, curves: Array, budget: Budget) -> Ints:
+    """Spends what is left of the budget: first where it brings value, then on neurons without any, until nothing fits.
+
+    Neurons that the calibration saw silent are worth more than none, and a ratio that was asked for is kept.
+    """
+    chosen = _widen_by_value(choice, curves, budget)
+    while True:
+        before = int(budget.grid[chosen].sum())
+        for new_widths in (False, True):
+            chosen = _fill(chosen, budget, new_widths)
+        chosen = _raise_tiers(chosen, budget)
+        if int(budget.grid[chosen].sum()) == before:
+            return chosen
+
+
+def _widen_by_value(choice: Ints, curves: Array, budget: Budget) -> Ints:
     """Widens single experts to the next width that their layer uses, best value per neuron first, while it fits."""
     grid, chosen = budget.grid, choice.copy()
     left = budget.neurons - int(grid[chosen].sum())
-    while left >= grid[1]:
-        best: tuple[float, int, int, int] | None = None
-        for layer, row in enumerate(chosen):
-            used = np.unique(row[row > 0])
-            if len(used) < budget.max_tiers:
-                used = np.arange(1, len(grid))
-            for expert, now in enumerate(row):
-                above = used[used > now]
-                if not len(above) or grid[above[0]] - grid[now] > left:
-                    continue
-                target = int(above[0])
-                density = (curves[layer, expert, target] - curves[layer, expert, now]) / (grid[target] - grid[now])
-                if best is None or density > best[0]:
-                    best = (float(density), layer, expert, target)
-        if best is None or best[0] <= 0:
-            break
-        _, layer, expert, target = best
-        left -= int(grid[target] - grid[chosen[layer, expert]])
-        chosen[layer, expert] = target
+    steps = [_best_step(row, curves[layer], budget, left) for layer, row in enumerate(chosen)]
+    while True:
+        layer = max(range(len(steps)), key=lambda i: steps[i][0])
+        density, expert, target = steps[layer]
+        if density <= 0:
+            return chosen
+        cost = int(grid[target] - grid[chosen[layer, expert]])
+        if cost <= left:
+            chosen[layer, expert] = target
+            left -= cost
+        steps[layer] = _best_step(chosen[layer], curves[layer], budget, left)
+
+
+def _best_step(row: Ints, curves: Array, budget: Budget, left: int) -> tuple[float, int, int]:
+    """(value per neuron, expert, new width) of the best widening in a layer that costs at most `left`."""
+    grid = budget.grid
+    used = _used(row)
+    if len(used) < budget.max_tiers:
+        used = np.arange(1, len(grid))
+    target = used[np.minimum(np.searchsorted(used, row, side="right"), len(used) - 1)]
+    cost = grid[target] - grid[row]
+    experts = np.arange(len(row))
+    gain = curves[experts, target] - curves[experts, row]
+    density = np.where((cost > 0) & (cost <= left), gain / np.maximum(cost, 1), -np.inf)
+    best = int(density.argmax())
+    return float(density[best]), best, int(target[best])
+
+
+def _fill(choice: Ints, budget: Budget, new_widths: bool) -> Ints:
+    """Widens experts as far as it fits, the narrowest of every layer first, to widths that their layer uses.
+
+    With `new_widths` to any width, where the layer has fewer than it may.
+    """
+    grid, chosen = budget.grid, choice.copy()
+    left = budget.neurons - int(grid[chosen].sum())
+    order = np.argsort(chosen, axis=1, kind="stable")
+    for rank in range(order.shape[1]):
+        for layer, expert in enumerate(order[:, rank]):
+            if left < int(np.diff(grid).min()):
+                return chosen
+            row = chosen[layer]
+            allowed = _used(row)
+            if new_widths and len(allowed) < budget.max_tiers:
+                allowed = np.arange(1, len(grid))
+            fits = allowed[(allowed > row[expert]) & (grid[allowed] - grid[row[expert]] <= left)]
+            if len(fits):
+                left -= int(grid[fits[-1]] - grid[row[expert]])
+                row[expert] = fits[-1]
     return chosen
+
+
+def _raise_tiers(choice: Ints, budget: Budget) -> Ints:
+    """Widens whole tiers as far as it fits, those of few experts first: no layer gets more widths by that."""
+    grid, chosen = budget.grid, choice.copy()
+    left = budget.neurons - int(grid[chosen].sum())
+    tiers = [(int((row == width).sum()), layer, int(width)) for layer, row in enumerate(chosen) for width in set(row)]
+    for count, layer, width in sorted(tier for tier in tiers if tier[2] > 0):
+        reach = int(np.searchsorted(grid, grid[width] + left // count, side="right")) - 1
+        if reach > width:
+            members = chosen[layer] == width
+            left -= int(members.sum() * (grid[reach] - grid[width]))
+            chosen[layer, members] = reach
+    return chosen
+
+
+def _used(row: Ints) -> Ints:
+    """The widths above zero of a layer, as indices into the grid."""
+    return np.unique(row[row > 0])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class WorkDir:
         finished = self.position
         with _stated(self.path):
             if finished is not None:
-                target = self._sums(finished)
+                target = self.sums_path(finished)
                 partial = target.with_name(target.name + ".partial")
                 save_file({name: np.ascontiguousarray(value) for name, value in (sums or {}).items()}, partial)
                 partial.replace(target)
@@ -96,7 +96,11 @@ class WorkDir:
 
     def sums(self, layer: int) -> dict[str, NDArray[np.float64]]:
         """The sums of a finished layer."""
-        return load_file(self._sums(layer))
+        return load_file(self.sums_path(layer))
+
+    def sums_path(self, layer: int) -> Path:
+        """The safetensors file of a finished layer's sums."""
+        return self.path / f"layer-{layer:03}.safetensors"
 
     def remove(self) -> None:
         """Removes the state, and the directory where nothing else is in it."""
@@ -121,9 +125,10 @@ class WorkDir:
         return position if same and whole and all(self._is_saved(layer) for layer in range(position)) else None
 
     def _is_saved(self, layer: int) -> bool:
+        """Whether a layer's file is whole; opening compares its length with its header."""
         try:
-            self.sums(layer)
-            return True
+            with safe_open(self.sums_path(layer), "numpy"):
+                return True
         except (OSError, SafetensorError):
             return False
 
@@ -137,9 +142,6 @@ class WorkDir:
 
     def _hidden(self, layer: int) -> Path:
         return self.path / f"hidden-{layer:03}.bin"
-
-    def _sums(self, layer: int) -> Path:
-        return self.path / f"layer-{layer:03}.safetensors"
 
 
 @contextmanager

@@ -1,26 +1,24 @@
-"""prune: base GGUF + plan -> pruned GGUF. expand: tiered GGUF -> stock GGUF, padded with zero neurons.
+"""prune: base GGUF + plan -> pruned GGUF, one tensor in memory at a time.
 
-Both stream: one tensor in memory at a time. The writer decides nothing: shapes, types and order come from `layout`.
+The writer decides nothing: shapes, types and order come from `layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import gguf
 import numpy as np
 from gguf import GGUFValueType as V
 
 from . import cut, encoding, layout
 from .down_weights import DownWeights
 from .errors import GgufToolError
-from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, header_bytes, write_gguf
+from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, copied_entries, header_bytes, write_gguf
 from .layout import STOCK, Piece, parse
 from .plan import PrunePlan
-from .requant import quantize_rows, take_columns
+from .requant import check_quantizer, copies, quantize_rows, take_columns
 from .tensors import BLOCKS, TensorSpec
 
 
@@ -32,7 +30,7 @@ class PruneReport:
         layout: stock or tiered.
         tensors: of the pruned file.
         file_bytes: of the pruned file, header included.
-        requantized: names of tensors in which something had to be quantized anew.
+        requantized: names of tensors in which something has to be quantized anew.
         notes: what a person should know.
     """
 
@@ -62,7 +60,8 @@ def prune(
         dry_run: check everything, count every byte, write nothing.
 
     Raises:
-        GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged.
+        GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged, or
+            something has to be quantized anew and cannot be.
     """
     if not dry_run:
         check_output(out, force, base)
@@ -71,14 +70,16 @@ def prune(
     file = GgufFile(base)
     pieces = layout.pieces(plan, file.tensors, encoding.TWINS)
     _check_model(file, plan)
-    entries = _entries(file, plan, refit is not None)
-    by_name = {piece.spec.name: piece for piece in pieces}
+    source = _Source(ggml, refit, plan.n_ff_exp)
+    requantized = source.requantized(pieces)
+    copied, notes = copied_entries(file)
+    entries = _entries(copied, file, plan, refit is not None)
     specs = tuple(piece.spec for piece in pieces)
-    header = header_bytes(file.arch, entries, specs, out.parent if out.parent.is_dir() else Path("."))
-    size = header + sum(spec.padded_bytes for spec in specs)
-    report = PruneReport(layout.layout_of(plan), specs, size, [], _compare_with_plan(file, plan))
+    size = header_bytes(file.arch, entries, specs) + sum(spec.padded_bytes for spec in specs)
+    notes = [*_compare_with_plan(plan, specs), *notes]
+    report = PruneReport(layout.layout_of(plan), specs, size, requantized, notes)
     if not dry_run:
-        produce = _producer(file, plan, by_name, _Source(ggml, refit), report)
+        produce = _producer(file, {piece.spec.name: piece for piece in pieces}, source)
         write_gguf(out, file.arch, entries, specs, produce, progress)
     return report
 
@@ -88,9 +89,9 @@ def _check_model(file: GgufFile, plan: PrunePlan) -> None:
         raise GgufToolError(f"{file.path} is a {file.arch} model, the plan was made for {plan.gguf_arch}")
     facts = {"expert_count": plan.n_expert, "expert_used_count": plan.n_expert_used}
     for key, want in facts.items():
-        if (have := int(file.arch_value(key))) != want:
+        if (have := file.arch_integer(key)) != want:
             raise GgufToolError(f"{file.path} has {key} {have}, the plan {want}: it was made for another model")
-    groups = int(file.arch_value("expert_group_count", 0) or 0)
+    groups = file.arch_integer("expert_group_count", 0)
     for layer in plan.layers if groups > 1 else ():
         by_group = np.bincount([e * groups // plan.n_expert for e in layer.router], minlength=groups)
         if len(set(by_group.tolist())) > 1:
@@ -98,12 +99,14 @@ def _check_model(file: GgufFile, plan: PrunePlan) -> None:
                 f"layer {layer.index}: the router has {groups} groups and the plan keeps {by_group.tolist()} experts of "
                 "them; groups must stay equal"
             )
+    table = next((spec.name for spec in file.tensors if "ffn_gate_tid2eid" in spec.name), None)
+    if table and any(len(layer.router) != plan.n_expert for layer in plan.layers):
+        raise GgufToolError(f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed")
 
 
-def _compare_with_plan(file: GgufFile, plan: PrunePlan) -> list[str]:
-    """A note where the base has other tensors than the plan counted, so that the planned bytes do not hold."""
-    expected = {t.name: t for t in plan.tensors if parse(t.name) is None}
-    actual = {t.name: t for t in file.tensors if parse(t.name) is None}
+def _compare_with_plan(plan: PrunePlan, specs: Sequence[TensorSpec]) -> list[str]:
+    """A note where the file gets other tensors than the plan counted, so that the planned bytes do not hold."""
+    expected, actual = _facts(plan.tensors), _facts(specs)
     if expected == actual or not plan.tensors:
         return []
     differing = sorted(n for n in expected.keys() | actual.keys() if expected.get(n) != actual.get(n))
@@ -112,9 +115,14 @@ def _compare_with_plan(file: GgufFile, plan: PrunePlan) -> list[str]:
     ]
 
 
-def _entries(file: GgufFile, plan: PrunePlan, refitted: bool) -> dict[str, KeyValue]:
+def _facts(specs: Sequence[TensorSpec]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape, without the ones at its end, and type by name."""
+    return {t.name: (t.ne[: max((i + 1 for i, n in enumerate(t.ne) if n != 1), default=0)], t.type) for t in specs}
+
+
+def _entries(copied: dict[str, KeyValue], file: GgufFile, plan: PrunePlan, refitted: bool) -> dict[str, KeyValue]:
     """The base file's metadata with what pruning changes."""
-    entries = {key: file.entry(key) for key in file.keys()}
+    entries = dict(copied)
     kind = layout.layout_of(plan)
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
@@ -130,6 +138,11 @@ def _entries(file: GgufFile, plan: PrunePlan, refitted: bool) -> dict[str, KeyVa
     if "general.base_model.count" not in entries:
         entries["general.base_model.count"] = KeyValue(1, V.UINT32)
         entries["general.base_model.0.name"] = KeyValue(base_name, V.STRING)
+    if plan.dataset and not any(key.startswith("general.dataset") for key in entries):
+        entries["general.dataset.count"] = KeyValue(len(plan.dataset), V.UINT32)
+        for index, (name, _) in enumerate(plan.dataset):
+            entries[f"general.dataset.{index}.name"] = KeyValue(name, V.STRING)
+    entries.pop("general.size_label", None)  # it counts parameters and experts, and they have changed
     return entries | cut.entries(plan, kind) | {f"{cut.KEY}refit": KeyValue(refitted, V.BOOL)}
 
 
@@ -144,24 +157,57 @@ class _Source:
 
     ggml: Path | None
     refit: DownWeights | None
+    n_ff: int
 
-    def columns(self, rows: Bytes, piece: Piece, expert: int, neurons: np.ndarray) -> tuple[Bytes, bool]:
-        """Rows of the piece's type with the kept columns, and whether quantized weights were quantized anew."""
-        assert piece.source is not None and piece.layer is not None
+    def requantized(self, pieces: Sequence[Piece]) -> list[str]:
+        """Names of the tensors that need something quantized anew. Raises GgufToolError where that cannot be done."""
+        found = [piece.spec for piece in pieces if self._is_anew(piece)]
+        for spec in found:
+            check_quantizer(spec.type, self.ggml)
+        return [spec.name for spec in found]
+
+    def _is_anew(self, piece: Piece) -> bool:
+        if piece.source is None or piece.layer is None or piece.tier is None:
+            return False
+        name = parse(piece.source.name)
+        if name is None or (name.role, name.suffix) != ("down", "weight"):
+            return False
+        in_blocks = BLOCKS[piece.spec.type][0] > 1
+        for row in piece.tier.rows:
+            neurons = piece.layer.retained[row]
+            if self.is_whole(piece, neurons):
+                continue
+            anew = not copies(piece.source.type, piece.spec.type, neurons)
+            if anew != in_blocks and self._fitted(piece, piece.layer.router[row]) is not None:
+                anew = in_blocks
+            if anew:
+                return True
+        return False
+
+    def is_whole(self, piece: Piece, neurons: np.ndarray) -> bool:
+        """Whether an expert keeps every neuron and its type."""
+        assert piece.source is not None
+        return len(neurons) == self.n_ff and piece.spec.type == piece.source.type
+
+    def _fitted(self, piece: Piece, expert: int) -> np.ndarray | None:
+        assert piece.layer is not None
+        return self.refit.get(piece.layer.index, expert) if self.refit is not None else None
+
+    def columns(self, rows: Bytes, piece: Piece, expert: int, neurons: np.ndarray) -> Bytes:
+        """Rows of the piece's type with the kept columns."""
+        assert piece.source is not None
         target = piece.spec.type
-        fitted = self.refit.weights.get((piece.layer.index, expert)) if self.refit else None
+        fitted = self._fitted(piece, expert)
         if fitted is None:
-            return take_columns(rows, piece.source.type, target, neurons, self.ggml)
+            return take_columns(rows, piece.source.type, target, neurons, self.ggml)[0]
         if fitted.shape != (len(rows), len(neurons)):
             raise GgufToolError(
                 f"the refit of expert {expert} has shape {fitted.shape}, not {len(rows)} x {len(neurons)}"
             )
-        return quantize_rows(fitted, target, self.ggml), BLOCKS[target][0] > 1
+        return quantize_rows(fitted, target, self.ggml)
 
 
-def _producer(
-    file: GgufFile, plan: PrunePlan, pieces: dict[str, Piece], source: _Source, report: PruneReport
-) -> Callable[[TensorSpec], Bytes]:
+def _producer(file: GgufFile, pieces: dict[str, Piece], source: _Source) -> Callable[[TensorSpec], Bytes]:
     def produce(spec: TensorSpec) -> Bytes:
         piece = pieces[spec.name]
         if piece.source is None:
@@ -171,32 +217,31 @@ def _producer(
         if piece.layer is None:
             return raw
         if piece.tier is None:
-            return raw[list(piece.layer.router)]
-        return _stack(raw, piece, plan.n_ff_exp, source, report)
+            # One row an expert, whether the tensor is the router's matrix or a vector of biases.
+            rows = raw.reshape(piece.source.ne[-1], -1)[list(piece.layer.router)]
+            return rows.reshape(*reversed(spec.ne[1:]), -1)
+        return _stack(raw, piece, source)
 
     return produce
 
 
-def _stack(raw: Bytes, piece: Piece, n_ff: int, source: _Source, report: PruneReport) -> Bytes:
+def _stack(raw: Bytes, piece: Piece, source: _Source) -> Bytes:
     """One tier's stack out of the whole stack [experts, rows, row bytes] (or [experts, row bytes] for biases)."""
     assert piece.layer is not None and piece.tier is not None and piece.source is not None
     name = parse(piece.source.name)
     assert name is not None
-    parts = []
+    parts, n_ff, size = [], source.n_ff, BLOCKS[piece.source.type][1]
     for row in piece.tier.rows:
         expert, neurons = piece.layer.router[row], piece.layer.retained[row]
-        one = raw[expert] if raw.ndim > 1 else raw.reshape(-1, BLOCKS[piece.source.type][1])[expert]
-        if (len(neurons) == n_ff and piece.spec.type == piece.source.type) or name.suffix == "scale":
+        one = raw[expert] if raw.ndim > 1 else raw.reshape(-1, size)[expert]
+        if source.is_whole(piece, neurons) or name.suffix == "scale":
             parts.append(one)
         elif name.suffix == "bias":
             parts.append(
-                one if name.role == "down" else _rows(one.reshape(-1, 4), neurons, name.role, n_ff).reshape(-1)
+                one if name.role == "down" else _rows(one.reshape(-1, size), neurons, name.role, n_ff).reshape(-1)
             )
         elif name.role == "down":
-            taken, anew = source.columns(one, piece, expert, neurons)
-            if anew and piece.spec.name not in report.requantized:
-                report.requantized.append(piece.spec.name)
-            parts.append(taken)
+            parts.append(source.columns(one, piece, expert, neurons))
         else:
             parts.append(_rows(one, neurons, name.role, n_ff))
     return np.stack(parts)
@@ -205,110 +250,3 @@ def _stack(raw: Bytes, piece: Piece, n_ff: int, source: _Source, report: PruneRe
 def _rows(stack: Bytes, neurons: np.ndarray, role: str, n_ff: int) -> Bytes:
     """Rows of gate or up; of a merged gate_up stack, which holds all gate rows before all up rows, those of both."""
     return stack[np.concatenate([neurons, neurons + n_ff])] if role == "gate_up" else stack[neurons]
-
-
-def expand(source: Path, out: Path, *, force: bool = False, progress: Progress | None = None) -> list[str]:
-    """Writes a tiered file as a stock file: narrow experts padded with zero neurons. The same function, more bytes.
-
-    Returns:
-        Notes: stacks whose tiers have different types, which only F32 holds without loss.
-
-    Raises:
-        GgufToolError: not tiered, or layers keep different numbers of experts (no stock file can say that).
-    """
-    check_output(out, force, source)
-    file = GgufFile(source)
-    pruned = cut.read(file)
-    if pruned is None or not any(t.name.endswith("ffn_exps_tier.weight") for t in file.tensors):
-        raise GgufToolError(f"{source}: not a tiered file; every llama.cpp can read it as it is")
-    count = int(file.arch_value("expert_count"))
-    for layer in pruned.layers:
-        if len(layer.router) != count:
-            raise GgufToolError(
-                f"{source}: layer {layer.index} keeps {len(layer.router)} experts and the model has {count}: "
-                "a stock file cannot hold layers with different numbers of experts"
-            )
-    stacks, specs, notes = _expanded(file, pruned)
-    entries = {key: file.entry(key) for key in file.keys()}
-    entries[f"{cut.KEY}layout"] = KeyValue("expanded", V.STRING)
-
-    def produce(spec: TensorSpec) -> Bytes:
-        tiers = stacks.get(spec.name)
-        return file.raw(spec) if tiers is None else _pad(file, spec, tiers, pruned.n_ff_exp)
-
-    write_gguf(out, file.arch, entries, specs, produce, progress)
-    return notes
-
-
-def _expanded(file: GgufFile, pruned: cut.Cut) -> tuple[dict[str, list[TensorSpec]], list[TensorSpec], list[str]]:
-    """Tier stacks by the name of the stock tensor they become; every tensor of the stock file; notes."""
-    stacks: dict[str, list[TensorSpec]] = {}
-    order: list[TensorSpec | str] = []
-    for spec in file.tensors:
-        name = parse(spec.name)
-        if name is None or name.role == "router" or (name.tier is None and name.role != "map"):
-            order.append(spec)
-        elif name.role != "map":
-            stock = f"blk.{name.layer}.ffn_{name.role}_exps.{name.suffix}"
-            if stock not in stacks:
-                stacks[stock] = []
-                order.append(stock)
-            stacks[stock].append(spec)
-    notes: list[str] = []
-    specs = [item if isinstance(item, TensorSpec) else _stock_spec(item, stacks[item], pruned, notes) for item in order]
-    return stacks, specs, notes
-
-
-def _stock_spec(stock: str, tiers: list[TensorSpec], pruned: cut.Cut, notes: list[str]) -> TensorSpec:
-    name = parse(stock)
-    assert name is not None
-    n_ff = pruned.n_ff_exp
-    layer = next(layer for layer in pruned.layers if layer.index == name.layer)
-    count = len(layer.router)
-    if name.suffix == "scale":
-        return TensorSpec(stock, (count,), tiers[0].type)
-    if name.suffix == "bias":
-        length = tiers[0].ne[0] if name.role == "down" else n_ff * (2 if name.role == "gate_up" else 1)
-        return TensorSpec(stock, (length, count), tiers[0].type)
-    kind = tiers[0].type
-    if len({tier.type for tier in tiers}) > 1 or (name.role == "down" and n_ff % BLOCKS[kind][0]):
-        notes.append(f"{stock}: its tiers are {', '.join(t.type for t in tiers)}; written as F32 to lose nothing")
-        kind = "F32"
-    rows = n_ff * (2 if name.role == "gate_up" else 1)
-    ne = (n_ff, tiers[0].ne[1], count) if name.role == "down" else (tiers[0].ne[0], rows, count)
-    return TensorSpec(stock, ne, kind)
-
-
-def _pad(file: GgufFile, spec: TensorSpec, tiers: list[TensorSpec], n_ff: int) -> Bytes:
-    """The stock stack of `spec`. A block of zero bytes is a block of zeros in every ggml type."""
-    name = parse(spec.name)
-    assert name is not None
-    tier_map = cut.read_tier_map(file, name.layer)
-    assert tier_map is not None
-    out = np.zeros(spec.nbytes, dtype=np.uint8).reshape(*reversed(spec.ne[1:]), -1)
-    out = out.reshape(spec.ne[-1], -1, spec.nbytes // prod(spec.ne[1:])) if len(spec.ne) == 3 else out
-    for tier, row in zip(tiers, tier_map, strict=True):
-        raw = file.raw(tier)
-        if tier.type != spec.type:
-            floats = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tier.type])
-            raw = quantize_rows(floats.reshape(-1, floats.shape[-1]), spec.type, None).reshape(*floats.shape[:-1], -1)
-        for expert in np.nonzero(row >= 0)[0]:
-            _place(out, int(expert), raw, int(row[expert]), name, n_ff)
-    return out
-
-
-def _place(out: Bytes, expert: int, raw: Bytes, index: int, name: layout.ExpertName, n_ff: int) -> None:
-    if name.suffix == "scale":
-        out.reshape(-1, 4)[expert] = raw.reshape(-1, 4)[index]
-    elif name.suffix == "bias" or name.role == "down":
-        one = raw[index]
-        if name.suffix == "bias" and name.role == "gate_up":
-            half = one.shape[-1] // 2
-            out[expert, :half], out[expert, n_ff * 4 : n_ff * 4 + half] = one[:half], one[half:]
-        else:
-            out[expert, ..., : one.shape[-1]] = one
-    elif name.role == "gate_up":
-        width = raw.shape[1] // 2
-        out[expert, :width], out[expert, n_ff : n_ff + width] = raw[index, :width], raw[index, width:]
-    else:
-        out[expert, : raw.shape[1]] = raw[index]

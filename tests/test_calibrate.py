@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gguftool.calibrate import LayerStream, calibrate
-from gguftool.checkpoint import open_checkpoint
+from gguftool.checkpoint import _pieces, open_checkpoint
 from gguftool.errors import GgufToolError
 from gguftool.inventory import gguf_name
 from gguftool.recorders import ExpertRecorder, check_layout, recording
@@ -280,6 +281,40 @@ def test_a_stopped_run_goes_on_and_ends_the_same(checkpoints, whole, tmp_path, w
     assert again.seen[0] == (8 * finished + 2, 24, f"layer {finished + 1} of 3")
     assert again.seen[-1] == (24, 24, "layer 3 of 3")
     assert not work.exists()
+
+
+def test_a_failed_save_loses_nothing(checkpoints, whole, tmp_path):
+    checkpoint, work, out = checkpoints["qwen3_moe"], tmp_path / "work", tmp_path / "stats.safetensors"
+    with pytest.raises(GgufToolError, match="cannot be written"):
+        calibrate(checkpoint, DOMAINS, work, batch=2, out=tmp_path / "missing" / "stats.safetensors")
+    again = Stop()
+    stats = calibrate(checkpoint, DOMAINS, work, batch=2, progress=again, out=out)
+    assert again.seen == []  # no layer ran again
+    assert same(stats, whole) and same(CalibrationStats.load(out), whole)
+    assert [file.name for file in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.6, 1.0])
+def test_the_fingerprint_sees_all_over_a_tensor(tmp_path, at):
+    """Ten pieces of 4 KiB, from the first to the last byte; and a tensor that is no longer than that in full."""
+    directory = tiny_checkpoint(tmp_path / "tiny")
+    before = open_checkpoint(directory)
+    stored = max(before.tensors.values(), key=lambda tensor: tensor.nbytes)
+    place = stored.offset + int(at * (stored.nbytes - 1))
+    with stored.file.open("r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1]))
+    assert open_checkpoint(directory).fingerprint != before.fingerprint
+
+
+def test_the_pieces_of_a_large_tensor():
+    pieces = _pieces(10**9)
+    assert len(pieces) == 10 and pieces[0] == (0, 4096) and pieces[-1] == (10**9 - 4096, 10**9)
+    assert {end - start for start, end in pieces} == {4096}
+    assert len({b[0] - a[0] for a, b in pairwise(pieces)}) <= 2
+    assert _pieces(40960) == [(0, 40960)]
 
 
 @pytest.mark.parametrize("damage", ["state.json", "hidden-001.bin", "layer-000.safetensors"])

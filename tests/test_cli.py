@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from gguftool import builtin
+from gguftool.errors import GgufToolError
 from gguftool.gguf_file import GgufFile
+from gguftool.pipeline import Workspace
 
 
 def gguftool(*arguments, code=0):
@@ -147,7 +149,7 @@ def test_calibrate_is_compress_is_step_by_step(checkpoint_dir, tmp_path, runtime
         (["calibrate", "{empty_dir}", "--data", "{text}", "-o", "{new}"], 1, "config.json"),
         (["calibrate", "{model}", "--data", "{empty}", "-o", "{new}"], 1, "empty"),
         (["convert", "{empty_dir}", "-o", "{new}"], 1, "not a Hugging Face checkpoint"),
-        (["compress", "{model}", "--ratio", "0.4", "--data", "{missing}", "--eval", "{text}", "-o", "{new}"], 1, "missing"),
+        (["compress", "{model}", "--ratio", "0.4", "--data", "{missing}", "--eval", "{text}", "-o", "{new}"], 1, "no such"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(arguments, code, message, line, base_gguf, checkpoint_dir, eval_text, tmp_path):
@@ -166,3 +168,58 @@ def test_what_goes_wrong_is_one_line(arguments, code, message, line, base_gguf, 
     assert base_gguf.stat().st_mtime_ns == before
     if arguments[0] != "compress":
         assert sorted(path.name for path in tmp_path.iterdir()) == ["empty-dir", "empty.txt"]
+
+
+def test_a_folder_remembers_what_its_files_were_made_from(tmp_path):
+    said: list[str] = []
+    made: list[str] = []
+    work = Workspace(tmp_path, said.append)
+
+    def make(text):
+        return lambda path: (made.append(text), path.write_text(text))
+
+    for inputs, text in ((1, "a"), (1, "a"), (2, "b"), (1, "a")):
+        assert work.step("f", {"in": inputs}, make(text)).read_text() == text
+    assert made == ["a", "b", "a"] and "already there" in said[0] and "replacing" in said[1]
+
+    def killed(path):
+        path.write_text("c")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work.step("f", {"in": 3}, killed)
+    again = Workspace(tmp_path, said.append)
+    assert again.step("f", {"in": 1}, make("d")).read_text() == "d"
+    (tmp_path / "mine").write_text("dear")
+    with pytest.raises(GgufToolError, match="was not made by this command"):
+        again.step("mine", {"in": 1}, make("x"))
+    assert (tmp_path / "mine").read_text() == "dear"
+    (tmp_path / "state.json").write_text("[]")
+    assert Workspace(tmp_path, said.append).state == {}
+
+
+def test_a_wrong_recipe_is_refused_before_the_first_step(checkpoint_dir, tmp_path, runtime):
+    text = builtin.texts()["eval_code"]
+    for wrong, message in (
+        (["--method", "reep"], "reap"),
+        (["--criterion", "x"], "criterion"),
+        (["--ctx", "3"], "--ctx 3"),
+    ):
+        said = gguftool(
+            "compress", checkpoint_dir, "--ratio", "0.4", "--data", text, "--eval", text, "-o", tmp_path, *wrong, code=1
+        )
+        assert message in said
+        assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_ctrl_c_is_said_and_is_exit_code_130(monkeypatch, capsys):
+    from gguftool import cli
+
+    monkeypatch.setattr(cli.cli, "main", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.run() == 130 and "stopped" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_failure(line):
+    command = f"{sys.executable} -m gguftool inspect {line / 'q4.gguf'} --experts | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -24,6 +24,10 @@ from gguftool.divergence import (
 )
 from gguftool.errors import GgufToolError
 from gguftool.evaluate import _groups, compare, compare_many, measure
+from gguftool.planner import make_plan
+from gguftool.recipe import Recipe
+from gguftool.stats import CalibrationStats
+from gguftool.writer import prune
 
 # --- statistics ---------------------------------------------------------------------------------------------------
 
@@ -122,6 +126,16 @@ def quantized(base_gguf: Path, runtime: Any, tmp_path_factory: pytest.TempPathFa
     return out
 
 
+@pytest.fixture(scope="module")
+def tiered(base_gguf: Path, stats: CalibrationStats, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with experts of different widths, which only the patched runtime runs."""
+    out = tmp_path_factory.mktemp("tiered") / "tiered.gguf"
+    plan = make_plan(stats, Recipe("global", 0.4))
+    assert not plan.uniform
+    prune(base_gguf, plan, out)
+    return out
+
+
 WINDOWS = 6
 
 
@@ -174,6 +188,18 @@ def test_divergence_equals_llama_perplexity(
     same_top = printed(theirs, "Same top p")
     assert 100 * ours.same_top.value == pytest.approx(same_top[0], abs=0.5)
     assert 100 * ours.rms_dp.value == pytest.approx(printed(theirs, "RMS Δp")[0], abs=0.005)
+
+
+def test_a_tiered_file_is_measured_as_llama_perplexity_does(
+    llama: Any, runtime: Any, base_gguf: Path, tiered: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    logits = ("--kl-divergence-base", str(tmp_path / "logits"))
+    llama_perplexity(runtime, base_gguf, eval_text, *logits)
+    theirs = llama_perplexity(runtime, tiered, eval_text, *logits, "--kl-divergence", last="Same top p:")
+    text = eval_text.read_text(encoding="utf-8")
+    ours = compare(base_gguf, tiered, text, llama=llama, max_windows=WINDOWS).divergence
+    assert ours.ppl.value == pytest.approx(printed(theirs, "Mean PPL(Q)")[0], rel=1e-3)
+    assert ours.kld.mean == pytest.approx(printed(theirs, "Mean    KLD")[0], rel=0.01) and ours.kld.mean > 0.01
 
 
 def with_entries(base: Path, out: Path, changed: dict[str, Any]) -> Path:

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from gguftool import cut, surgery
 from gguftool.checkpoint import open_checkpoint
 from gguftool.corpus import load_domain
+from gguftool.expand import expand
 from gguftool.gguf_file import GgufFile
 from gguftool.inspection import check, inspect
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
 from gguftool.quantize import QuantizeTool, quantize
 from gguftool.recipe import Recipe
-from gguftool.writer import expand, prune
+from gguftool.writer import prune
 from synthetic import make_plan as random_plan
 
 BOUND = 1e-3
@@ -77,7 +78,9 @@ def test_masked_torch_is_tiered_is_padded(
     reference = masked_logits(checkpoint_dir, plan, tokens)
     (pruned,) = logits(runtime, tokens, tmp_path, tmp_path / "pruned.gguf")
     assert difference(pruned, reference) < BOUND
-    assert (pruned.argmax(1) == reference.argmax(1)).mean() > 0.995
+    top = np.sort(reference, axis=1)
+    clear = top[:, -1] - top[:, -2] > 2 * BOUND * np.abs(reference).max()
+    assert clear.mean() > 0.9 and np.array_equal(pruned.argmax(1)[clear], reference.argmax(1)[clear])
     stock = tmp_path / "pruned.gguf"
     if not plan.uniform:
         stock = tmp_path / "stock.gguf"
@@ -168,7 +171,15 @@ def test_a_tiered_file_without_our_patches_is_refused_with_the_command(stats, ba
 
 
 def test_op_tests_of_the_patches_pass(runtime):
-    """id -1 in every CPU path: plain, tiled, repacked."""
-    for tool, arguments in (("test-moe-skip", []), ("test-backend-ops", ["test", "-o", "MUL_MAT_ID,ADD_ID"])):
-        done = subprocess.run([runtime.tool(tool), *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    """id -1 in every CPU path (plain, tiled, repacked), against a reference in double."""
+    done = subprocess.run([runtime.tool("test-moe-skip")], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+
+
+@pytest.mark.parametrize(("operation", "least"), [("MUL_MAT_ID_SKIP", 300), ("ADD_ID_SKIP", 10)])
+def test_backend_ops_of_the_patches_pass(runtime, operation, least):
+    done = subprocess.run(
+        [runtime.tool("test-backend-ops"), "test", "-b", "CPU", "-o", operation], capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    assert done.stdout.count("OK") > least

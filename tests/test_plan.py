@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from gguftool import layout
-from gguftool.encoding import TWINS
+from gguftool.encoding import TWINS, MixFacts, assign
 from gguftool.errors import GgufToolError
 from gguftool.methods import METHODS, drop_experts, trapezoid
 from gguftool.plan import PrunePlan, dumps, pack_mask, unpack_mask
-from gguftool.planner import make_plan
+from gguftool.planner import fingerprint, make_plan
 from gguftool.recipe import Recipe
 from gguftool.saliency import expert_criterion, neuron_criterion, super_experts
+from gguftool.stats import CalibrationStats
 from synthetic import make_plan as plan_of
 from synthetic import make_stats
 
@@ -71,6 +72,56 @@ def test_tenp_shape():
     assert plan.kept_share == pytest.approx(0.6, abs=8 / (4 * 16 * 64))
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.7])
+def test_tenp_keeps_to_the_tiers(ratio):
+    stats = make_stats(n_layer=4, n_expert=16)
+    widths = [
+        {width for width in layer.widths if width}
+        for layer in make_plan(stats, Recipe("tenp", ratio, align=8, max_tiers=2)).layers
+    ]
+    assert max(map(len, widths)) == 2
+    narrow = set.union(*widths) - {64}
+    assert len(narrow) == 1
+    with pytest.raises(GgufToolError, match="max-tiers 2 or more"):
+        make_plan(stats, Recipe("tenp", ratio, align=8, max_tiers=1))
+    alike = make_plan(stats, Recipe("tenp", 0.5, align=8, max_tiers=1, whole=0.0))
+    assert alike.uniform and alike.kept_share == 0.5
+
+
+def test_the_types_count_with_or_without_an_imatrix():
+    stats = make_stats(n_layer=8, n_ff=256, n_embd=256)
+    with_one, blind = (make_plan(stats, Recipe("global", 0.25, target="IQ4_XS", imatrix=i)) for i in (True, False))
+    assert with_one.encoded != blind.encoded
+    assert next(s.type for s in blind.encoded if s.name.startswith("blk.0.ffn_down")).startswith("Q5")
+    with pytest.raises(GgufToolError, match="IQ2_XS needs an importance matrix"):
+        make_plan(stats, Recipe("global", 0.25, target="IQ2_XS", imatrix=False))
+
+
+def test_a_plan_that_keeps_all_counts_llama_cpps_own_fallbacks():
+    stats = make_stats(n_ff=96, n_embd=256)
+    whole, cut = (make_plan(stats, Recipe("global", ratio, target="Q5_K_S", align=32)) for ratio in (0.0, 0.3))
+    facts = stats.model
+    own = assign(facts.tensors, "Q5_K_S", MixFacts.of_tensors(facts.tensors, facts.gguf_arch, 3, 8, has_imatrix=True))
+    assert whole.encoded == own
+    down = {spec.type for spec in whole.encoded if "ffn_down" in spec.name}
+    assert down != {spec.type for spec in cut.encoded if "ffn_down" in spec.name}
+
+
+def test_the_fingerprint_is_over_everything_and_survives_the_disk(tmp_path):
+    stats = replace(make_stats(), linears={"b": np.ones(3), "a": np.zeros(2)}, linear_tokens=400)
+    before = fingerprint(stats)
+    stats.save(tmp_path / "stats")
+    assert fingerprint(CalibrationStats.load(tmp_path / "stats")) == before
+    others = (
+        {"linears": {"b": np.ones(3), "a": np.ones(2)}},
+        {"linears": {"b": np.ones(3), "c": np.zeros(2)}},
+        {"linear_tokens": 401},
+        {"n_ctx": 256},
+        {"expert_inputs": stats.expert_inputs + 1},
+    )
+    assert before not in {fingerprint(replace(stats, **other)) for other in others}
+
+
 def test_trapezoid():
     assert trapezoid(12, 3, 8, (1, 2)).tolist() == [3, 4, 5]
     assert trapezoid(12, 3, 8, (1, 1)).tolist() == [4, 4, 4]
@@ -118,6 +169,10 @@ def test_unrouted_experts_are_named():
         (dict(method="0,1,2", ratio=0.4), "not measured"),
         (dict(method="global", ratio=0.4, align=128), "only 64 neurons"),
         (dict(method="global", ratio=0.4, target="Q4_KM"), "Q4_K_M"),
+        (dict(method="random", ratio=0.4, criterion="reap"), "random takes none"),
+        (dict(method="random-slices", ratio=0.4, criterion="enp"), "random-slices takes none"),
+        (dict(method="global", ratio=0.4, whole=0.1), "--whole is only for tenp"),
+        (dict(method="enp", ratio=0.4, depth=(1.0, 3.0)), "--depth is only for tenp"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_numbers(recipe, message):
@@ -129,6 +184,12 @@ def test_what_cannot_be_is_refused_with_the_numbers(recipe, message):
 def test_ratio_is_a_share(ratio):
     with pytest.raises(GgufToolError, match="share"):
         Recipe("global", ratio)
+
+
+@pytest.mark.parametrize("depth", [(float("nan"), 1.0), (1.0, float("inf")), (-1.0, 1.0), (0.0, 0.0)])
+def test_depth_is_two_weights(depth):
+    with pytest.raises(GgufToolError, match="finite weights"):
+        Recipe("tenp", 0.4, depth=depth)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gguftool.convert import convert
 from gguftool.encoding import TARGETS
 from gguftool.errors import GgufToolError
 from gguftool.plan import LayerPlan, PrunePlan
@@ -122,6 +123,17 @@ def test_stats_of_another_model_are_refused() -> None:
         imatrix_entries(stats, (), [TensorSpec("blk.0.ffn_up_exps.weight", (5, 4, 4), "BF16")])
     with pytest.raises(GgufToolError, match="another model"):
         imatrix_entries(stats, (), [TensorSpec("blk.0.ffn_down_exps.weight", (3, 3, 4), "BF16")])
+
+
+def test_stats_of_another_version_of_the_model_are_refused(
+    tiered: tuple[Path, tuple[LayerPlan, ...]], base_gguf: Path, runtime: Any, tmp_path: Path
+) -> None:
+    stats = stats_for(base_gguf)
+    other = replace(stats, model=replace(stats.model, name="finetuned", fingerprint="1" * 64))
+    with pytest.raises(GgufToolError, match="was cut from made-up.*the stats are of finetuned"):
+        tools = QuantizeTool(runtime.tool("llama-quantize"))
+        quantize(tiered[0], "Q4_K_M", tmp_path / "out.gguf", tools=tools, imatrix=other)
+    assert not list(tmp_path.iterdir())
 
 
 # --- tiered files ------------------------------------------------------------------------------------------------
@@ -302,7 +314,7 @@ def test_refusals_before_the_work(base_gguf: Path, runtime: Any, tmp_path: Path)
         quantize(base_gguf, "Q8_0", out, tools=tools)
     assert out.read_text() == "mine"
     quantize(base_gguf, "Q8_0", out, tools=tools, force=True)
-    with pytest.raises(GgufToolError, match="quantized already"):
+    with pytest.raises(GgufToolError, match="quantized already.*quantize the BF16 file instead$"):
         quantize(out, "Q4_K_M", tmp_path / "again.gguf", tools=tools)
     quantize(out, "Q4_K_M", tmp_path / "again.gguf", tools=tools, allow_requantize=True)
     assert GgufFile(tmp_path / "again.gguf").value("general.file_type") == TARGETS["Q4_K_M"].file_type
@@ -329,3 +341,18 @@ def test_progress_counts_tensors(base_gguf: Path, runtime: Any, tmp_path: Path) 
     total = len(GgufFile(base_gguf).tensors)
     assert [now[:2] for now in seen] == [(i + 1, total) for i in range(total)]
     assert {now[2] for now in seen} == {spec.name for spec in GgufFile(base_gguf).tensors}
+
+
+# --- conversion --------------------------------------------------------------------------------------------------
+
+
+def test_conversion_shows_how_far_it_is(checkpoint_dir: Path, runtime: Any, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    convert(checkpoint_dir, tmp_path / "a.gguf", runtime, pre_tokenizer="qwen2", progress=lambda *now: seen.append(now))
+    assert seen and seen[-1] == (100, 100, "converting") and seen == sorted(set(seen))
+
+
+def test_conversion_to_an_unknown_type_is_refused_before_it_starts(checkpoint_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(GgufToolError, match="--outtype q4_k: the converter writes auto, f32, f16, bf16, q8_0"):
+        convert(checkpoint_dir, tmp_path / "a.gguf", None, outtype="q4_k")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

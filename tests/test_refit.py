@@ -1,6 +1,9 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from gguf_models import floats
 from gguftool import builtin
@@ -55,14 +58,53 @@ def fitted(checkpoint_dir, stats, tmp_path_factory):
     checkpoint = open_checkpoint(checkpoint_dir)
     domains = [load_domain(builtin.texts()["calib_code"], checkpoint.tokenizer(), 512, 8)]
     plan = make_plan(stats, Recipe("global", 0.5))
-    return plan, refit(checkpoint, plan, domains, tmp_path_factory.mktemp("refit"))
+    folder = tmp_path_factory.mktemp("refit")
+    refit(checkpoint, plan, domains, folder / "work").save(folder / "refit.safetensors")
+    return plan, DownWeights.load(folder / "refit.safetensors")
+
+
+def test_weights_stay_on_disk_and_outlive_a_failed_save(checkpoint_dir, stats, tmp_path):
+    checkpoint, work, out = open_checkpoint(checkpoint_dir), tmp_path / "work", tmp_path / "refit.safetensors"
+    domains = [load_domain(builtin.texts()["calib_code"], checkpoint.tokenizer(), 128, 2)]
+    plan = make_plan(stats, Recipe("global", 0.5))
+    weights = refit(checkpoint, plan, domains, work)
+    with pytest.raises(GgufToolError, match="cannot be written"):
+        weights.save(tmp_path / "missing" / "refit.safetensors")
+    seen: list[str] = []
+    weights = refit(checkpoint, plan, domains, work, progress=lambda done, total, text: seen.append(text))
+    assert not seen  # nothing was computed again
+    fitted = {key: weights.get(*key) for key in weights.keys()}
+    weights.save(out)
+    assert not work.exists()
+    arrays = load_file(out)  # safetensors' own reader agrees with what we write
+    loaded = DownWeights.load(out)
+    assert len(loaded) == len(weights) == len(fitted) == len(arrays) > 0
+    for (layer, expert), want in fitted.items():
+        assert (layer, expert) in loaded and want.dtype == np.float32
+        for have in (loaded.get(layer, expert), weights.get(layer, expert), arrays[f"{layer}.{expert}"]):
+            assert np.array_equal(have, want)
+    assert loaded.get(999, 0) is None and (999, 0) not in loaded
+    loaded.check(plan.kept_hash)
+    out.write_bytes(out.read_bytes()[:-4])
+    with pytest.raises(GgufToolError, match="damaged"):
+        DownWeights.load(out)
+
+
+def test_saving_holds_one_matrix_at_a_time(tmp_path):
+    matrix = np.ones((256, 256), dtype=np.float32)
+    save_file({str(expert): matrix for expert in range(64)}, tmp_path / "layer")
+    places = {(0, expert): (tmp_path / "layer", str(expert)) for expert in range(64)}
+    DownWeights("", (), places).save(tmp_path / "warm")
+    tracemalloc.start()
+    DownWeights("", (), places).save(tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * matrix.nbytes
 
 
 def test_refit_lowers_the_divergence_on_a_text_that_it_never_saw(fitted, base_gguf, eval_text, llama, tmp_path):
     plan, weights = fitted
-    assert set(weights.weights) == {(p.index, e) for p in plan.layers for e in narrowed_experts(plan, p.index)}
-    weights.save(tmp_path / "refit.safetensors")
-    weights = DownWeights.load(tmp_path / "refit.safetensors")
+    assert set(weights.keys()) == {(p.index, e) for p in plan.layers for e in narrowed_experts(plan, p.index)}
     prune(base_gguf, plan, tmp_path / "plain.gguf")
     prune(base_gguf, plan, tmp_path / "refit.gguf", refit=weights)
     plain, refitted = compare_many(
@@ -79,8 +121,8 @@ def test_the_file_holds_the_refitted_columns(fitted, base_gguf, tmp_path):
     for index, tier in enumerate(layer.tiers()):
         stack = floats(file, tier_name(layer.index, "down", index))
         for place, row in enumerate(tier.rows):
-            if (layer.index, row) in weights.weights:
-                assert np.allclose(stack[place], weights.weights[layer.index, row], rtol=2**-8)
+            if (layer.index, row) in weights:
+                assert np.allclose(stack[place], weights.get(layer.index, row), rtol=2**-8)
 
 
 def test_weights_of_another_plan_are_refused(fitted, stats, base_gguf, checkpoint_dir, tmp_path):

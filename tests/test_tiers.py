@@ -43,11 +43,14 @@ def test_value_curves_by_hand():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.integers(1, 4))
-def test_the_budget_holds_and_is_used(seed, share, max_tiers):
+@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0]))
+def test_the_budget_holds_and_is_used(seed, share, max_tiers, dead):
     rng = np.random.default_rng(seed)
     grid = width_grid(64, 8)
-    curves = value_curves(rng.random((3, 8, 64)) ** 3, grid)
+    saliency = rng.random((3, 8, 64)) ** 3
+    saliency[rng.random((3, 8)) < dead] = 0.0  # experts that no token was routed to
+    saliency[:, :, : int(64 * rng.random() * dead)] = 0.0  # neurons that were silent
+    curves = value_curves(saliency, grid)
     budget = Budget(int(share * 3 * 8 * 64), grid, max_tiers)
     widths = allocate(curves, budget)
     assert widths.sum() <= budget.neurons
@@ -75,6 +78,21 @@ def test_a_layer_without_value_still_keeps_one_tier():
     saliency[1] = 0.0
     widths = allocate(value_curves(saliency, grid), Budget(4 * 32, grid, 4))
     assert widths[1].sum() == 8
+
+
+@pytest.mark.parametrize("max_tiers", [2, 4])
+def test_neurons_without_value_are_kept_where_the_ratio_has_room(max_tiers):
+    """Half of the experts were never routed: a tenth of the neurons goes, not all that have no value."""
+    grid = width_grid(128, 32)
+    saliency = np.random.default_rng(0).random((48, 64, 128)) + 0.1
+    saliency[:, ::2] = 0.0
+    budget = Budget(int(0.9 * saliency.size), grid, max_tiers)
+    widths = allocate(value_curves(saliency, grid), budget)
+    assert 0 <= budget.neurons - widths.sum() < 32
+    assert (widths[:, 1::2] == 128).all()
+    kept = widths[:, ::2].sum(axis=1)
+    assert kept.max() - kept.min() <= 2 * 128  # no layer pays for the others
+    assert all(len(set(row[row > 0])) <= max_tiers for row in widths)
 
 
 def test_a_budget_below_one_tier_a_layer_is_refused():
