@@ -43,9 +43,6 @@ def run() -> int:
             "\nstopped; calibrate, refit, compress and demo go on from here when they are started again", err=True
         )
         return 130
-    except BrokenPipeError:
-        # The reader has gone (`| head`): nothing is left to say, also not when Python closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except GgufToolError as error:
         return _fail(str(error))
     except (OSError, MemoryError) as error:

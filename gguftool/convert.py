@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import GgufToolError
@@ -40,6 +41,10 @@ def convert(
     """
     if outtype not in OUT_TYPES:
         raise GgufToolError(f"--outtype {outtype}: the converter writes {', '.join(OUT_TYPES)}")
+    known = pre_tokenizers(runtime)
+    if pre_tokenizer and pre_tokenizer not in known:
+        near = get_close_matches(pre_tokenizer, known, n=3)
+        raise GgufToolError(f"llama.cpp knows no pre-tokenizer {pre_tokenizer!r}; near are {', '.join(near) or 'none'}")
     check_output(out, force)
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     if not (model / "config.json").is_file() or not weights:
@@ -62,6 +67,12 @@ def convert(
         if code:
             raise GgufToolError(_reason(model, log))
         GgufFile(partial)
+
+
+def pre_tokenizers(runtime: Runtime) -> list[str]:
+    """The pre-tokenizers that the runtime's converter can write, by llama.cpp's names."""
+    source = (runtime.convert_dir / "conversion" / "base.py").read_text(encoding="utf-8")
+    return sorted(set(re.findall(r'res = "([^"]+)"', source)))
 
 
 def _run(command: list[str], environment: dict[str, str], progress: Progress | None) -> tuple[int, str]:

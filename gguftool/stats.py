@@ -167,6 +167,7 @@ class CalibrationStats:
         arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
         try:
             save_file(arrays, partial, {"gguftool": json.dumps(header)})
+            partial.chmod(0o644)  # safetensors makes files that nobody else may read
             partial.replace(path)
         except (SafetensorError, OSError) as error:
             raise GgufToolError(f"{path}: cannot be written ({error})") from error
