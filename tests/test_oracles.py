@@ -183,3 +183,13 @@ def test_backend_ops_of_the_patches_pass(runtime, operation, least):
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     assert done.stdout.count("OK") > least
+
+
+def test_llama_cpp_python_writes_text_with_a_tiered_file(stats, base_gguf, llama, tmp_path):
+    prune(base_gguf, make_plan(stats, Recipe("global", 0.4)), tmp_path / "pruned.gguf")
+    widths = {width for _, width in inspect(GgufFile(tmp_path / "pruned.gguf")).layers[0].experts}
+    assert len(widths) > 1
+    model = llama.Llama(model_path=str(tmp_path / "pruned.gguf"), n_ctx=128, n_threads=2, verbose=False)
+    answer = model("import os\n\ndef main(", max_tokens=24, temperature=0.0)
+    assert answer["usage"]["completion_tokens"] > 8 and answer["choices"][0]["text"].strip()
+    model.close()

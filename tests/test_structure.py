@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -94,3 +95,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         times.append(time.perf_counter() - start)
     # 0.3 s on an idle machine; the bound is wider because a busy one must not fail the test.
     assert min(times) < 1.0
+
+
+def test_the_readme_has_no_gap():
+    assert not re.findall(r"@[A-Z]+@", (PACKAGE.parent / "README.md").read_text(encoding="utf-8"))
