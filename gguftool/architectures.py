@@ -66,18 +66,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 
 def for_model_type(model_type: str) -> Architecture:
     """The row for config.json's `model_type`. Raises GgufToolError for one that has no row."""
-    return _find("model_type", model_type)
-
-
-def for_gguf(gguf_arch: str) -> Architecture:
-    """The row for a GGUF's `general.architecture`. Raises GgufToolError for one that has no row."""
-    return _find("gguf_arch", gguf_arch)
-
-
-def _find(key: str, value: str) -> Architecture:
-    known = {getattr(row, key): row for row in ARCHITECTURES}
-    if value in known:
-        return known[value]
-    near = get_close_matches(value, known, n=2)
+    known = {row.model_type: row for row in ARCHITECTURES}
+    if model_type in known:
+        return known[model_type]
+    near = get_close_matches(model_type, known, n=2)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise GgufToolError(f"no MoE architecture {value!r} is known{hint}; known are {', '.join(sorted(known))}")
+    raise GgufToolError(f"no MoE architecture {model_type!r} is known{hint}; known are {', '.join(sorted(known))}")
