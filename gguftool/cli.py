@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from . import __version__, cli_bench, cli_runtime
+from .cli_options import (
+    BACKEND_NAMES,
+    FILE,
+    backend_option,
+    data_option,
+    device_option,
+    force_option,
+    make_terminal,
+    n_ctx_option,
+    output_options,
+    pre_tokenizer_option,
+    recipe_options,
+    windows_option,
+)
 from .errors import GgufToolError
 
 if TYPE_CHECKING:
@@ -19,9 +32,6 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .runtime import Runtime
     from .terminal import Terminal
-
-FILE = click.Path(path_type=Path)
-Command = Callable[..., None]
 
 
 def main() -> None:
@@ -59,54 +69,6 @@ def _fail(text: str) -> int:
     return 1
 
 
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def apply(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return apply
-
-
-_output = _options(
-    click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
-    click.option("--quiet", is_flag=True, help="No progress and no log."),
-)
-_force = click.option("--force", is_flag=True, help="Replace an existing output.")
-_backend = click.option(
-    "--backend", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "metal", "vulkan"]),
-    help="Which build of the runtime.",
-)  # fmt: skip
-_pre_tokenizer = click.option(
-    "--pre-tokenizer",
-    metavar="NAME",
-    help="llama.cpp's name of the pre-tokenizer, for a vocabulary that it does not know.",
-)
-_n_ctx = click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
-_device = click.option("--device", default="cpu", show_default=True, help="Torch device for calibration.")
-_windows = click.option("--windows", type=int, help="Use at most so many windows of each calibration text.")
-_data = click.option(
-    "--data", "data", type=FILE, multiple=True, required=True,
-    help="Calibration text: .txt, or .jsonl with a field text. Give it once for each domain.",
-)  # fmt: skip
-_recipe = _options(
-    click.option("--method", default="global", show_default=True, help="`gguftool methods` lists them."),
-    click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
-    click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
-    click.option("--criterion", help="Another criterion than the method's own."),
-    click.option("--align", type=int, help="Widths are multiples of this.  [default: by the target type]"),
-    click.option("--max-tiers", default=4, show_default=True, help="Most different widths in a layer."),
-    click.option(
-        "--layout", default="auto", show_default=True, type=click.Choice(["auto", "stock"]),
-        help="stock: only plans that any llama.cpp can run.",
-    ),
-    click.option("--whole", type=float, help="TENP: share of experts kept whole."),
-    click.option("--depth", default="1:2", show_default=True, help="TENP: weight of the first and of the last layer."),
-    click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
-    click.option("--seed", default=0, show_default=True, help="Of the random controls."),
-)  # fmt: skip
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="gguftool")
 def cli() -> None:
@@ -116,10 +78,8 @@ def cli() -> None:
     """
 
 
-def _terminal(as_json: bool = False, quiet: bool = False) -> Terminal:
-    from .terminal import Terminal
-
-    return Terminal(as_json=as_json, quiet=quiet)
+for _command in (cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench):
+    cli.add_command(_command)
 
 
 def _make_recipe(options: dict[str, Any], target: str | None) -> Recipe:
@@ -143,50 +103,13 @@ def _load(backend: str) -> tuple[Runtime, ModuleType]:
     return found, runtime.load(found)
 
 
-@cli.group()
-def runtime() -> None:
-    """The patched llama.cpp that runs tiered files."""
-
-
-@runtime.command("build")
-@_backend
-@click.option("--unpatched", is_flag=True, help="Build the plain base, for comparisons.")
-@click.option("--jobs", type=int, help="Compile so many files at a time.")
-@click.option("--force", is_flag=True, help="Build even where it has been built.")
-@_output
-def runtime_build(backend: str, unpatched: bool, jobs: int | None, force: bool, as_json: bool, quiet: bool) -> None:
-    """Fetch the pinned llama.cpp, patch it, build it, cache it."""
-    from .runtime import build
-
-    terminal = _terminal(as_json, quiet)
-    with terminal.progress() as progress:
-        built = build(backend, patched=not unpatched, force=force, jobs=jobs, progress=progress)
-    terminal.show({"path": str(built.path), "backend": built.backend, "patches": built.patches}, f"{built.path}")
-
-
-@runtime.command("info")
-@_backend
-@_output
-def runtime_info(backend: str, as_json: bool, quiet: bool) -> None:
-    """Say which base, which patches, which backends, and whether what is loaded is ours."""
-    from .runtime import describe
-
-    terminal = _terminal(as_json, quiet)
-    facts = describe(backend)
-    terminal.show(facts, *(f"{key + ':':<14}{_plain(value)}" for key, value in facts.items()))
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 @cli.command()
 @click.argument("model", type=FILE)
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--outtype", default="auto", show_default=True, help="As llama.cpp's converter has it.")
-@_pre_tokenizer
-@_force
-@_output
+@pre_tokenizer_option
+@force_option
+@output_options
 def convert(
     model: Path, out: Path, outtype: str, pre_tokenizer: str | None, force: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
@@ -194,7 +117,7 @@ def convert(
     from .convert import convert as run
     from .runtime import require
 
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     with terminal.progress() as progress:
         run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, progress=progress)
     size = out.stat().st_size
@@ -203,13 +126,13 @@ def convert(
 
 @cli.command()
 @click.argument("model", type=FILE)
-@_data
+@data_option
 @click.option("-o", "out", type=FILE, required=True, help="Stats to write.")
-@_n_ctx
-@_windows
-@_device
-@_force
-@_output
+@n_ctx_option
+@windows_option
+@device_option
+@force_option
+@output_options
 def calibrate(
     model: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str, force: bool,
     as_json: bool, quiet: bool,
@@ -224,7 +147,7 @@ def calibrate(
     from .gguf_file import check_output
 
     check_output(out, force, *data)
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
@@ -239,7 +162,7 @@ def calibrate(
 
 
 @cli.command()
-@_output
+@output_options
 def methods(as_json: bool, quiet: bool) -> None:
     """List the methods, with formula and source."""
     from rich.table import Table
@@ -250,17 +173,17 @@ def methods(as_json: bool, quiet: bool) -> None:
     for method in METHODS.values():
         table.add_row(method.name, method.summary, method.source, "stock" if method.stock else "tiered")
     facts = [{"name": m.name, "summary": m.summary, "source": m.source, "stock": m.stock} for m in METHODS.values()]
-    _terminal(as_json, quiet).show({"methods": facts}, table)
+    make_terminal(as_json, quiet).show({"methods": facts}, table)
 
 
 @cli.command()
 @click.argument("stats", type=FILE)
 @click.option("-o", "out", type=FILE, required=True, help="Plan to write.")
-@_recipe
+@recipe_options
 @click.option("--target", metavar="TYPE", help="Type that it will be quantized to (with --imatrix), as Q4_K_M.")
 @click.option("--tensors", is_flag=True, help="Print every tensor too.")
-@_force
-@_output
+@force_option
+@output_options
 def plan(
     stats: Path, out: Path, target: str | None, tensors: bool, force: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
@@ -272,7 +195,7 @@ def plan(
     from .stats import CalibrationStats
 
     check_output(out, force, stats)
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     made = make_plan(CalibrationStats.load(stats), _make_recipe(options, target))
     made.save(out)
     for note in made.notes:
@@ -295,8 +218,8 @@ def plan(
 @click.option("--refit", "refit_path", type=FILE, help="Refitted weights, as `gguftool refit` makes them.")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
-@_force
-@_output
+@force_option
+@output_options
 def prune(
     base: Path, plan_path: Path, refit_path: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
@@ -307,7 +230,7 @@ def prune(
     from .runtime import find
     from .writer import prune as run
 
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     found = find()
     with terminal.progress() as progress:
         report = run(
@@ -330,13 +253,13 @@ def prune(
 @cli.command()
 @click.argument("model", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan whose experts to refit.")
-@_data
+@data_option
 @click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --refit`.")
-@_n_ctx
-@_windows
-@_device
-@_force
-@_output
+@n_ctx_option
+@windows_option
+@device_option
+@force_option
+@output_options
 def refit(
     model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str,
     force: bool, as_json: bool, quiet: bool,
@@ -349,7 +272,7 @@ def refit(
     from .refit import refit as run
 
     check_output(out, force, plan_path, *data)
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
@@ -363,13 +286,13 @@ def refit(
 @cli.command()
 @click.argument("source", type=FILE)
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
-@_force
-@_output
+@force_option
+@output_options
 def expand(source: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Turn a tiered file into one for any llama.cpp, padded with zero neurons: the same function, more bytes."""
     from .expand import expand as run
 
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     with terminal.progress() as progress:
         notes = run(source, out, force=force, progress=progress)
     for note in notes:
@@ -383,8 +306,8 @@ def expand(source: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> 
 @click.argument("target")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
-@_force
-@_output
+@force_option
+@output_options
 def quantize(
     source: Path, target: str, out: Path, imatrix: Path | None, force: bool, as_json: bool, quiet: bool
 ) -> None:
@@ -394,7 +317,7 @@ def quantize(
     from .runtime import require
     from .stats import CalibrationStats
 
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     stats = CalibrationStats.load(imatrix) if imatrix else None
     with terminal.progress() as progress:
         tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)
@@ -407,7 +330,7 @@ def quantize(
 @click.argument("path", type=FILE)
 @click.option("--experts", is_flag=True, help="Print the width of every expert.")
 @click.option("--check", is_flag=True, help="Read everything and refuse what is wrong.")
-@_output
+@output_options
 def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) -> None:
     """Show what a GGUF holds, expert by expert."""
     from .gguf_file import GgufFile
@@ -415,7 +338,7 @@ def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) 
     from .inspection import inspect as run
     from .report import inspection_tables
 
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     view = run(GgufFile(path))
     faults = find_faults(view) if check else []
     facts = view.as_dict() | ({"faults": faults} if check else {})
@@ -426,26 +349,51 @@ def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) 
         terminal.show({}, "checked: no fault found")
 
 
+def _backend_list(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
+    names = value.split(",")
+    if wrong := [name for name in names if name not in BACKEND_NAMES]:
+        raise click.BadParameter(f"{wrong[0]!r} is none of {', '.join(BACKEND_NAMES)}")
+    if len(set(names)) < len(names) or ("auto" in names and len(names) > 1):
+        raise click.BadParameter(f"{value!r}: name each backend once, and auto alone")
+    return names
+
+
 @cli.command()
 @click.argument("base", type=FILE)
 @click.argument("pruned", type=FILE)
 @click.option("--data", type=FILE, required=True, help="Text to measure on.")
 @click.option("--windows", type=int, help="Use at most so many windows.")
-@_n_ctx
-@_backend
-@_output
+@n_ctx_option
+@click.option(
+    "--backend", "backends", default="auto", show_default=True, callback=_backend_list, metavar="NAME[,NAME]...",
+    help="Which build of the runtime: auto, cpu, cuda, metal, vulkan. Several are compared with each other.",
+)  # fmt: skip
+@output_options
 def validate(
-    base: Path, pruned: Path, data: Path, windows: int | None, n_ctx: int, backend: str, as_json: bool, quiet: bool
+    base: Path,
+    pruned: Path,
+    data: Path,
+    windows: int | None,
+    n_ctx: int,
+    backends: list[str],
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Compare perplexity and KL divergence, original against pruned, as llama-perplexity does."""
+    """Compare perplexity and KL divergence, original against pruned, as llama-perplexity does.
+
+    With several backends it fails where their perplexities differ by more than rounding explains.
+    """
+    terminal = make_terminal(as_json, quiet)
+    if len(backends) > 1:
+        _validate_on(backends, base, pruned, data, windows, n_ctx, terminal)
+        return
     from .corpus import read_text
     from .evaluate import compare
     from .report import comparison_table
     from .runtime import load_for
 
-    terminal = _terminal(as_json, quiet)
     text = read_text(data)
-    llama, layers, name = load_for(backend, base, pruned)
+    llama, layers, name = load_for(backends[0], base, pruned)
     with terminal.progress() as progress:
         found = compare(
             base, pruned, text, llama=llama, n_ctx=n_ctx, max_windows=windows, n_gpu_layers=layers, backend=name,
@@ -454,23 +402,40 @@ def validate(
     terminal.show(found, comparison_table(found))
 
 
+def _validate_on(
+    backends: list[str], base: Path, pruned: Path, data: Path, windows: int | None, n_ctx: int, terminal: Terminal
+) -> None:
+    from .crosscheck import crosscheck
+    from .runtime_report import crosscheck_table
+
+    with terminal.progress() as progress:
+        found = crosscheck(backends, base, pruned, data, n_ctx=n_ctx, max_windows=windows, progress=progress)
+    facts = found.as_dict()
+    terminal.show(facts, crosscheck_table(facts))
+    if not found.ok:
+        raise GgufToolError(
+            f"the backends differ by {found.difference:.5f} in ln(perplexity), more than {found.tolerance:.5f}; "
+            "`gguftool runtime selftest` looks for the reason"
+        )
+
+
 @cli.command()
 @click.argument("model", type=FILE)
-@_data
+@data_option
 @click.option(
     "--eval", "evaluation", type=FILE, multiple=True, required=True, help="Text to judge by; may be repeated."
 )
 @click.option("--quant", "target", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
 @click.option("--refit/--no-refit", default=False, show_default=True, help="Refit what stays; one more pass.")
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
-@_recipe
-@_n_ctx
-@_windows
+@recipe_options
+@n_ctx_option
+@windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
-@_pre_tokenizer
-@_device
-@_backend
-@_output
+@pre_tokenizer_option
+@device_option
+@backend_option
+@output_options
 def compress(
     model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: bool, out: Path, n_ctx: int,
     windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
@@ -480,7 +445,7 @@ def compress(
     from .pipeline import Job
     from .pipeline import compress as run
 
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     recipe = _make_recipe(options, target)
     found, llama = _load(backend)
     with terminal.progress() as progress:
@@ -495,13 +460,13 @@ def compress(
 @cli.command()
 @click.option("-o", "out", type=FILE, default=Path("demo-out"), show_default=True, help="Folder for everything.")
 @click.option("--eval-windows", default=24, show_default=True, help="Windows of each evaluation text.")
-@_backend
-@_output
+@backend_option
+@output_options
 def demo(out: Path, eval_windows: int, backend: str, as_json: bool, quiet: bool) -> None:
     """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain."""
     from .demo import run
 
-    terminal = _terminal(as_json, quiet)
+    terminal = make_terminal(as_json, quiet)
     found, llama = _load(backend)
     with terminal.progress() as progress:
         report = run(out, found, llama, eval_windows, progress, terminal.say)

@@ -9,14 +9,19 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from .divergence import Divergence, DivergenceSum, Tokens
 from .errors import GgufToolError
-from .perplexity import LoadedModel, Perplexity, Progress, Protocol, Session, file_facts, measure, open_session
+from .perplexity import LoadedModel, Options, Perplexity, Progress, Protocol, Session, file_facts, measure, open_session
 
-__all__ = ["Comparison", "Perplexity", "Protocol", "compare", "compare_many", "measure"]
+__all__ = ["Comparison", "Perplexity", "Protocol", "compare", "compare_many", "ln_ppl_tolerance", "measure"]
+
+# Most KL divergence, in nats, by which a quantized model on one right backend may differ from itself on another: five
+# times what other kernels and roundings make of the built-in model (`selftest` has the numbers).
+DEVICE_KLD = 5e-3
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class Comparison:
         }
 
 
+def ln_ppl_tolerance(tokens: int, kld: float = DEVICE_KLD) -> float:
+    """How far ln(perplexity) of two right computations of one model may be apart over so many tokens.
+
+    Two distributions that are `kld` nats apart give a token probabilities whose logarithms differ with a variance of
+    about 2 kld (second order), and with a mean of at most about kld: kld + 3 sqrt(2 kld / tokens).
+    """
+    return kld + 3 * sqrt(2 * kld / tokens)
+
+
 def compare(base: Path, pruned: Path, text: str, **options: Any) -> Comparison:
     """`compare_many` for one file, with its options."""
     return compare_many(base, [pruned], text, **options)[0]
@@ -49,21 +63,16 @@ def compare_many(
     text: str,
     *,
     llama: Any,
-    n_ctx: int = 512,
     max_windows: int | None = None,
-    threads: int | None = None,
-    n_gpu_layers: int = 0,
-    backend: str | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> list[Comparison]:
     """Compares every file of `pruned` with `base` on `text`.
 
     Args:
-        llama: the llama_cpp module, bound to the runtime that can read all the files.
+        llama, options: as `perplexity.open_session` has them.
         max_windows: take only the first ones of the text.
-        n_gpu_layers: layers to put on a GPU; negative for all.
-        backend: what the protocol is to call the backend; by default, the devices that llama.cpp reports.
         memory: bytes that the pruned models may take at once; beyond it they go in groups, and the base runs once for
             each group. By default half of the machine's; with a GPU they go one at a time.
 
@@ -73,10 +82,10 @@ def compare_many(
     for path in pruned:
         if not path.is_file():
             raise GgufToolError(f"{path}: no such file")
-    with open_session(llama, n_ctx, threads, n_gpu_layers, backend) as session, LoadedModel(session, base) as model:
+    with open_session(llama, **options) as session, LoadedModel(session, base) as model:
         windows = model.windows(text, max_windows)
         if memory is None:
-            memory = 0 if n_gpu_layers else _physical_memory() // 2
+            memory = 0 if options.get("n_gpu_layers") else _physical_memory() // 2
         groups = _groups(pruned, memory, overhead=model.context_bytes)
         sums: list[DivergenceSum] = []
         for number, group in enumerate(groups):

@@ -31,6 +31,7 @@ def expand(source: Path, out: Path, *, force: bool = False, progress: Progress |
     """
     check_output(out, force, source)
     file = GgufFile(source)
+    file.check_whole()
     pruned = cut.read(file)
     if pruned is None or not pruned.layers or not any(t.name.endswith("ffn_exps_tier.weight") for t in file.tensors):
         raise GgufToolError(f"{source}: not a tiered file; every llama.cpp can read it as it is")
@@ -41,6 +42,7 @@ def expand(source: Path, out: Path, *, force: bool = False, progress: Progress |
                 f"{source}: layer {layer.index} keeps {len(layer.router)} experts and layer {first} {count}: "
                 "a stock file cannot hold layers with different numbers of experts"
             )
+    _check_whole_layers(file, pruned, count)
     stacks, specs, notes = _plan_stacks(file, pruned)
     entries, left_out = copied_entries(file)
     entries[f"{file.arch}.expert_count"] = KeyValue(count, V.UINT32)
@@ -52,6 +54,18 @@ def expand(source: Path, out: Path, *, force: bool = False, progress: Progress |
 
     write_gguf(out, file.arch, entries, specs, produce, progress)
     return [*notes, *left_out]
+
+
+def _check_whole_layers(file: GgufFile, pruned: cut.Cut, count: int) -> None:
+    """Layers that were never pruned, those of multi-token prediction, have all experts."""
+    cut_layers = {layer.index for layer in pruned.layers}
+    for spec in file.tensors:
+        name = parse(spec.name)
+        if name and name.role == "router" and name.layer not in cut_layers and spec.ne[-1] != count:
+            raise GgufToolError(
+                f"{file.path}: layer {name.layer} has all {spec.ne[-1]} experts and the others {count}: "
+                "a stock file cannot hold layers with different numbers of experts"
+            )
 
 
 def _plan_stacks(file: GgufFile, pruned: cut.Cut) -> tuple[dict[str, list[TensorSpec]], list[TensorSpec], list[str]]:
@@ -78,7 +92,7 @@ def _stock_spec(stock: str, tiers: list[TensorSpec], pruned: cut.Cut, notes: lis
     assert name is not None
     n_ff = pruned.n_ff_exp
     count = len(pruned.layers[0].router)
-    if name.suffix == "scale":
+    if name.suffix.endswith("scale"):
         return TensorSpec(stock, (count,), tiers[0].type)
     if name.suffix == "bias":
         length = tiers[0].ne[0] if name.role == "down" else n_ff * (2 if name.role == "gate_up" else 1)
@@ -112,7 +126,7 @@ def _pad(file: GgufFile, spec: TensorSpec, tiers: list[TensorSpec], n_ff: int) -
 
 
 def _place(out: Bytes, expert: int, raw: Bytes, index: int, name: ExpertName, n_ff: int) -> None:
-    if name.suffix == "scale":
+    if name.suffix.endswith("scale"):
         out.reshape(-1, 4)[expert] = raw.reshape(-1, 4)[index]
     elif name.suffix == "bias" or name.role == "down":
         one = raw[index]

@@ -78,6 +78,11 @@ class GgufFile:
             if start < end:
                 raise GgufToolError(f"{self.path}: {first} and {second} overlap")
 
+    def check_whole(self) -> None:
+        """Raises GgufToolError for a shard of a split model, which has some of the tensors only."""
+        if self.integer("split.count", 0) > 1:
+            raise GgufToolError(f"{self.path}: one shard of a split model; join it with llama-gguf-split --merge first")
+
     @property
     def arch(self) -> str:
         """`general.architecture`."""

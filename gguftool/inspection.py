@@ -71,7 +71,11 @@ class Inspection:
 
 
 def inspect(file: GgufFile) -> Inspection:
-    """Reads the experts of every layer. Raises GgufToolError where tier map and tensors contradict each other."""
+    """Reads the experts of every layer.
+
+    Raises GgufToolError where tier map and tensors contradict each other, and for a shard of a split model.
+    """
+    file.check_whole()
     specs = {spec.name: spec for spec in file.tensors}
     indices = sorted({name.layer for spec in file.tensors if (name := parse(spec.name)) and name.role != "router"})
     pruned = cut.read(file)
@@ -206,7 +210,7 @@ def _check_shape(layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: i
         return
     width, count, _ = layer.tiers[name.tier or 0]
     rows = width * (2 if name.role == "gate_up" else 1)
-    if name.suffix == "scale":
+    if name.suffix.endswith("scale"):
         want: tuple[int, ...] = (count,)
     elif name.suffix == "bias":
         want = (n_embd if name.role == "down" else rows, count)

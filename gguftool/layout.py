@@ -7,7 +7,7 @@ experts to tiers. Both the planner (before anything is written) and the writer t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import GgufToolError
@@ -17,8 +17,8 @@ from .tensors import BLOCKS, TensorSpec
 STOCK, TIERED = "stock", "tiered"
 
 _NAME = re.compile(
-    r"blk\.(?P<layer>\d+)\.(?:ffn_(?P<part>gate|up|down|gate_up)_exps(?:\.(?P<tier>\d+))?\.(?P<suffix>weight|bias|scale)"
-    r"|(?P<router>ffn_gate_inp\.weight|ffn_gate_inp\.bias|exp_probs_b\.bias|exp_probs_b)|(?P<map>ffn_exps_tier\.weight))$"
+    r"blk\.(?P<layer>\d+)\.(?:ffn_(?P<part>gate|up|down|gate_up)_exps(?:\.(?P<tier>\d+))?\.(?P<suffix>weight|bias|scale|input_scale)"
+    r"|(?P<router>ffn_gate_inp\.weight|ffn_gate_inp\.bias|exp_probs_b(?:_vl)?(?:\.bias)?)|(?P<map>ffn_exps_tier\.weight))$"
 )
 
 
@@ -45,7 +45,7 @@ def parse(name: str) -> ExpertName | None:
 def full_shape(name: str, ne: tuple[int, ...]) -> tuple[int, ...]:
     """`ne` with the ones that llama.cpp leaves off its end: the stack of a tier of one expert is still a stack."""
     parsed = parse(name)
-    ranks = {"weight": 3, "bias": 2, "scale": 1}
+    ranks = {"weight": 3, "bias": 2, "scale": 1, "input_scale": 1}
     rank = 2 if parsed and parsed.role == "map" else ranks[parsed.suffix] if parsed and parsed.role != "router" else 0
     return ne + (1,) * (rank - len(ne))
 
@@ -88,19 +88,28 @@ class Piece:
     tier: Tier | None = None
 
 
-def pieces(plan: PrunePlan, base: Sequence[TensorSpec], twins: dict[str, str]) -> tuple[Piece, ...]:
+def pieces(
+    plan: PrunePlan,
+    base: Sequence[TensorSpec],
+    twins: dict[str, str],
+    *,
+    layout: str | None = None,
+    whole: Container[int] = (),
+) -> tuple[Piece, ...]:
     """Every tensor of the pruned file, in the base file's order, a layer's tier map before its first tier.
 
     Args:
         base: every tensor of the unpruned file.
         twins: 32-block type of about the same size, for a type whose blocks do not fit a width.
+        layout: `layout_of(plan)`, or tiered where the file cannot hold the plan as a stock file.
+        whole: layers that the plan need not know; they stay as they are.
 
     Raises:
         GgufToolError: the base is not the model that the plan was made for, or was pruned before.
     """
     plan.check()
     layers = {layer.index: layer for layer in plan.layers}
-    stock = layout_of(plan) == STOCK
+    stock = (layout or layout_of(plan)) == STOCK
     out: list[Piece] = []
     used: set[int] = set()
     for spec in base:
@@ -110,6 +119,9 @@ def pieces(plan: PrunePlan, base: Sequence[TensorSpec], twins: dict[str, str]) -
             continue
         if name.tier is not None or name.role == "map":
             raise GgufToolError(f"{spec.name}: the base file is tiered already; prune the unpruned file")
+        if name.layer not in layers and name.layer in whole:
+            out.append(Piece(spec, spec))
+            continue
         if name.layer not in layers:
             raise GgufToolError(f"{spec.name}: the plan has no layer {name.layer}; it was made for another model")
         layer = layers[name.layer]

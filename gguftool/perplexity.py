@@ -14,11 +14,11 @@ import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -28,7 +28,6 @@ from .errors import GgufToolError
 # Called with (windows done, windows, what runs).
 Progress = Callable[[int, int, str], None]
 
-_UBATCH = 512
 _LOG_ERROR = 4
 _LOG_CONTINUED = 5
 _DEVICE = re.compile(r"using device (\S+) \(([^)]*)\)")
@@ -72,20 +71,28 @@ class Perplexity:
         return file_facts(self.path, self.ppl) | self.protocol.as_dict()
 
 
+class Options(TypedDict, total=False):
+    """How models are run; what is left out is as `open_session` has it."""
+
+    n_ctx: int
+    threads: int | None
+    n_gpu_layers: int
+    backend: str | None
+    n_ubatch: int
+    devices: Sequence[int] | None
+
+
 def measure(
     path: Path,
     text: str,
     *,
     llama: Any,
-    n_ctx: int = 512,
     max_windows: int | None = None,
-    threads: int | None = None,
-    n_gpu_layers: int = 0,
-    backend: str | None = None,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Perplexity:
     """Perplexity of one file on `text`; arguments and errors as in `evaluate.compare_many`."""
-    with open_session(llama, n_ctx, threads, n_gpu_layers, backend) as session, LoadedModel(session, path) as model:
+    with open_session(llama, **options) as session, LoadedModel(session, path) as model:
         windows = model.windows(text, max_windows)
         nll = []
         for done, window in enumerate(windows):
@@ -130,7 +137,7 @@ class _Log:
 
 @dataclass(frozen=True)
 class Session:
-    """llama.cpp and how models are run in it: windows of `n_ctx` tokens, on so many threads and GPU layers."""
+    """llama.cpp and how models are run in it; fields as the arguments of `open_session`."""
 
     llama: Any
     log: _Log
@@ -138,6 +145,8 @@ class Session:
     threads: int
     n_gpu_layers: int
     backend: str | None
+    n_ubatch: int
+    devices: Sequence[int] | None
 
     @property
     def first_scored(self) -> int:
@@ -147,9 +156,25 @@ class Session:
 
 @contextmanager
 def open_session(
-    llama: Any, n_ctx: int, threads: int | None, n_gpu_layers: int, backend: str | None
+    llama: Any,
+    *,
+    n_ctx: int = 512,
+    threads: int | None = None,
+    n_gpu_layers: int = 0,
+    backend: str | None = None,
+    n_ubatch: int = 512,
+    devices: Sequence[int] | None = None,
 ) -> Iterator[Session]:
     """A session whose log is collected, where it would go to stderr; afterwards it goes where it went before.
+
+    Args:
+        llama: the llama_cpp module, bound to the runtime that can read all the files.
+        n_ctx: tokens in a window.
+        threads: of the CPU; by default all that this process may use.
+        n_gpu_layers: layers to put on a GPU; negative for all.
+        backend: what the protocol is to call the backend; by default, the devices that llama.cpp reports.
+        n_ubatch: tokens that are computed at once; 1 takes the way of generation.
+        devices: ggml's handles of the GPUs to use: none where it is empty, by default all.
 
     Raises GgufToolError for a context in which nothing is scored.
     """
@@ -162,7 +187,7 @@ def open_session(
     llama.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         llama.llama_backend_init()
-        yield Session(llama, log, n_ctx, threads or _usable_cpus(), n_gpu_layers, backend)
+        yield Session(llama, log, n_ctx, threads or _usable_cpus(), n_gpu_layers, backend, n_ubatch, devices)
     finally:
         llama.llama_log_set(before, data)
 
@@ -207,6 +232,10 @@ class LoadedModel:
         self._session.log.errors.clear()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = self._session.n_gpu_layers
+        chosen = self._session.devices
+        handles = (ctypes.c_void_p * (len(chosen or ()) + 1))(*(chosen or ()))  # ends with a null
+        if chosen is not None:
+            params.devices = ctypes.addressof(handles)
         self._model = llama.llama_model_load_from_file(os.fsencode(self._path), params)
         if not self._model:
             raise GgufToolError(f"{self._path}: llama.cpp cannot load it: {self._last_errors()}")
@@ -223,7 +252,7 @@ class LoadedModel:
         session = self._session
         params = self._llama.llama_context_default_params()
         params.n_ctx = params.n_batch = session.n_ctx
-        params.n_ubatch = min(session.n_ctx, _UBATCH)
+        params.n_ubatch = min(session.n_ctx, session.n_ubatch)
         params.n_outputs_max = session.n_ctx - session.first_scored
         params.n_threads = params.n_threads_batch = session.threads
         params.no_perf = True

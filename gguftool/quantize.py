@@ -105,8 +105,7 @@ def planned_types(file: GgufFile, target: str, *, has_imatrix: bool = False) -> 
 
     Raises GgufToolError for a shard of a split model.
     """
-    if int(file.value("split.count", 0)) > 1:
-        raise GgufToolError(f"{file.path}: one shard of a split model; join it with llama-gguf-split --merge first")
+    file.check_whole()
     return assign(file.tensors, target, mix_facts(file, has_imatrix=has_imatrix))
 
 

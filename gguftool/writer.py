@@ -68,20 +68,52 @@ def prune(
     if refit is not None:
         refit.check(plan.kept_hash)
     file = GgufFile(base)
-    pieces = layout.pieces(plan, file.tensors, encoding.TWINS)
+    file.check_whole()
+    kind = _layout_in(file, plan)
+    pieces = layout.pieces(plan, file.tensors, encoding.TWINS, layout=kind, whole=_predictors(file))
     _check_model(file, plan)
     source = _Source(ggml, refit, plan.n_ff_exp)
     requantized = source.requantized(pieces)
     copied, notes = copied_entries(file)
-    entries = _entries(copied, file, plan, refit is not None)
+    entries = _entries(copied, file, plan, kind, refit is not None)
     specs = tuple(piece.spec for piece in pieces)
     size = header_bytes(file.arch, entries, specs) + sum(spec.padded_bytes for spec in specs)
     notes = [*_compare_with_plan(plan, specs), *notes]
-    report = PruneReport(layout.layout_of(plan), specs, size, requantized, notes)
+    report = PruneReport(kind, specs, size, requantized, notes)
     if not dry_run:
         produce = _producer(file, {piece.spec.name: piece for piece in pieces}, source)
         write_gguf(out, file.arch, entries, specs, produce, progress)
     return report
+
+
+def _predictors(file: GgufFile) -> range:
+    """The layers at the end that predict further tokens (MTP): no forward pass runs them, so they stay whole."""
+    blocks = file.arch_integer("block_count")
+    return range(blocks - file.arch_integer("nextn_predict_layers", 0), blocks)
+
+
+def _layout_in(file: GgufFile, plan: PrunePlan) -> str:
+    """The plan's layout, but tiered where a stock file's metadata would change what is not pruned too.
+
+    Raises GgufToolError where the recipe wants a stock file.
+    """
+    kind = layout.layout_of(plan)
+    if kind != STOCK or all(layout.untouched(layer, plan) for layer in plan.layers):
+        return kind
+    names = [spec.name for spec in file.tensors]
+    others = [name for name in names if (parsed := parse(name)) and parsed.layer in _predictors(file)]
+    if plan.layers[0].widths[0] != plan.n_ff_exp:
+        # llama.cpp sizes shared experts, and some architectures dense layers, by the same key as the experts.
+        if file.arch_value("expert_shared_feed_forward_length", None) is None:
+            others += [name for name in names if name.endswith("_shexp.weight")]
+        if _width_key(file) == f"{file.arch}.feed_forward_length":
+            others += [name for name in names if name.endswith(".ffn_down.weight")]
+    if others and plan.recipe.layout == STOCK:
+        raise GgufToolError(
+            f"{others[0]} would have to change with the experts, because a stock file says their number and width once; "
+            "leave --layout stock out"
+        )
+    return layout.TIERED if others else kind
 
 
 def _check_model(file: GgufFile, plan: PrunePlan) -> None:
@@ -120,10 +152,11 @@ def _facts(specs: Sequence[TensorSpec]) -> dict[str, tuple[tuple[int, ...], str]
     return {t.name: (t.ne[: max((i + 1 for i, n in enumerate(t.ne) if n != 1), default=0)], t.type) for t in specs}
 
 
-def _entries(copied: dict[str, KeyValue], file: GgufFile, plan: PrunePlan, refitted: bool) -> dict[str, KeyValue]:
+def _entries(
+    copied: dict[str, KeyValue], file: GgufFile, plan: PrunePlan, kind: str, refitted: bool
+) -> dict[str, KeyValue]:
     """The base file's metadata with what pruning changes."""
     entries = dict(copied)
-    kind = layout.layout_of(plan)
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
     if all(layout.untouched(layer, plan) for layer in plan.layers):
@@ -234,7 +267,7 @@ def _stack(raw: Bytes, piece: Piece, source: _Source) -> Bytes:
     for row in piece.tier.rows:
         expert, neurons = piece.layer.router[row], piece.layer.retained[row]
         one = raw[expert] if raw.ndim > 1 else raw.reshape(-1, size)[expert]
-        if source.is_whole(piece, neurons) or name.suffix == "scale":
+        if source.is_whole(piece, neurons) or name.suffix.endswith("scale"):
             parts.append(one)
         elif name.suffix == "bias":
             parts.append(

@@ -1,0 +1,264 @@
+"""How fast the patched runtime is: ratios of interleaved runs at the layer sizes of real models.
+
+Absolute times drift with the machine's clock and load; so every file has a process of its own that stays loaded, each
+round asks all of them in a random order, and what is reported is the median over rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import GgufToolError
+from .random_model import SHAPES, ModelShape, active_bytes, pruned_widths, split_widths, write_random_model
+from .runtime import Runtime
+from .tensors import BLOCKS
+
+Progress = Callable[[int, int, str], None]
+
+PROMPT_TOKENS = 512
+GENERATED_TOKENS = 32
+# runtime.md of the design; a ratio of 1 is the goal everywhere.
+BARS = {
+    "split_generate": 0.97, "split_prompt": 0.97, "pruned_generate": 0.90, "pruned_memory": 1.02,
+    "patched_generate": 0.99, "patched_prompt": 0.99,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure: threads, layers on the GPU, and whether llama.cpp maps the file and repacks its weights."""
+
+    threads: int = 2
+    mmap: bool = True
+    repack: bool = True
+    n_gpu_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median over the rounds, and the quartiles of its rounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model shape in one type. `ratios` has the keys of BARS (and control_*: the stock file against itself).
+
+    split_*: speed with the experts in two equal tiers ÷ as one stack. patched_*: the stock file's speed with the
+    patches ÷ without. pruned_generate: (speed pruned ÷ original) ÷ (active bytes original ÷ pruned). pruned_memory:
+    peak resident memory ÷ (file + KV + compute buffers), the file read instead of mapped: of mapped and repacked weights
+    the kernel also counts the pages that it could drop. `speedup` and `kept_bytes` explain pruned_generate.
+    """
+
+    model: str
+    type: str
+    n_layer: int
+    tokens_per_second: dict[str, float]
+    ratios: dict[str, Ratio]
+    speedup: float
+    prompt_speedup: float
+    active_bytes_ratio: float
+    file_bytes: dict[str, int]
+    same_logits: bool
+
+    def missed(self) -> list[str]:
+        """The bars that were not reached, in words."""
+        out = []
+        for key, bar in BARS.items():
+            if key in self.ratios:
+                value = self.ratios[key].value
+                bad = value > bar if key == "pruned_memory" else value < bar
+                if bad:
+                    out.append(f"{self.model} {self.type}: {key} {value:.3f}, the bar is {bar}")
+        if not self.same_logits:
+            out.append(f"{self.model} {self.type}: split and stock differ in their logits")
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"missed": self.missed()}
+
+
+class Worker:
+    """A process with one loaded model (bench_worker)."""
+
+    def __init__(self, runtime: Runtime, model: Path, options: Options, *, routes: bool = False) -> None:
+        self.model = model
+        settings = asdict(options) | {"routes": routes}
+        command = [
+            sys.executable,
+            "-m",
+            "gguftool.bench_worker",
+            str(runtime.lib_dir),
+            str(model),
+            json.dumps(settings),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            # glibc otherwise keeps the buffers that a file was read through, tens of MB, as if they were in use.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        )  # fmt: skip
+        self._answer()
+
+    def ask(self, do: str, n: int = 0, seed: int = 0) -> dict[str, Any]:
+        """One question (see bench_worker). Raises GgufToolError where the process failed."""
+        stream: IO[str] | None = self.process.stdin
+        assert stream is not None
+        stream.write(json.dumps({"do": do, "n": n, "seed": seed}) + "\n")
+        stream.flush()
+        return self._answer()
+
+    def seconds(self, do: str, n: int, seed: int) -> float:
+        """Seconds that `n` tokens took."""
+        return float(self.ask(do, n, seed)["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise GgufToolError(f"{self.model.name}: the process ended with code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise GgufToolError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+@contextmanager
+def working(runtime: Runtime, model: Path, options: Options, *, routes: bool = False) -> Iterator[Worker]:
+    """A worker that ends with the block, however that ends."""
+    worker = Worker(runtime, model, options, routes=routes)
+    try:
+        yield worker
+    finally:
+        if worker.process.poll() is None and sys.exc_info()[0] is not None:
+            worker.process.kill()
+        worker.close()
+
+
+def check_names(models: Sequence[str], types: Sequence[str]) -> None:
+    """Raises GgufToolError for a model shape or a type that there is not."""
+    for name in models:
+        if name not in SHAPES:
+            raise GgufToolError(f"no model {name!r}; known are {', '.join(SHAPES)}")
+    for name in types:
+        if name not in BLOCKS or name == "I32":
+            raise GgufToolError(f"no type {name!r}; known are {', '.join(n for n in BLOCKS if n != 'I32')}")
+
+
+def measure(
+    model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
+    rounds: int = 12, n_layer: int = 0, progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
+
+    Args:
+        n_layer: layers of the files; 0 picks by size.
+        plain: a runtime without patches, to compare the stock file with; None leaves that out.
+        progress: called with (done, total, text).
+
+    Raises:
+        GgufToolError: the disk is too small, or a model does not load.
+    """
+    shape = SHAPES[model]
+    n_layer = n_layer or layers_for(shape, type_name)
+    widths = {"stock": None, "split": split_widths(shape), "pruned": pruned_widths(shape)}
+    steps = len(widths) + rounds + 2
+    paths = {}
+    with ExitStack() as stack:
+        for step, (name, chosen) in enumerate(widths.items()):
+            if progress:
+                progress(step, steps, f"{model} {type_name}: writing {name}")
+            paths[name] = folder / f"{model}-{type_name}-{name}.gguf"
+            stack.callback(paths[name].unlink, missing_ok=True)
+            write_random_model(paths[name], shape, type_name, n_layer, patched.ggml, chosen)
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        workers = {name: stack.enter_context(working(patched, path, options)) for name, path in paths.items()}
+        workers["control"] = stack.enter_context(working(patched, paths["stock"], options))
+        if plain is not None:
+            workers["unpatched"] = stack.enter_context(working(plain, paths["stock"], options))
+        first = {name: worker.ask("logits", 48, seed=1)["logits"] for name, worker in workers.items()}
+        same = all(first[name] == first["stock"] for name in workers if name != "pruned")
+        times = _rounds(workers, rounds, lambda r: progress and progress(3 + r, steps, f"{model} {type_name}"))
+        with working(patched, paths["pruned"], replace(options, mmap=False)) as reader:
+            reader.seconds("prompt", PROMPT_TOKENS, 0)
+            memory = reader.ask("memory")
+        with working(patched, paths["pruned"], options, routes=True) as router:
+            counts = np.sum([router.ask("routes", GENERATED_TOKENS, r)["chosen"] for r in range(rounds)], axis=0)
+    whole = active_bytes(shape, type_name, n_layer, counts)
+    kept = active_bytes(shape, type_name, n_layer, counts, pruned_widths(shape)[0])
+    ratios = {}
+    for key, name in (("split", "split"), ("control", "control")):
+        for kind in ("generate", "prompt"):
+            ratios[f"{key}_{kind}"] = _ratio(times["stock"][kind] / times[name][kind])
+    if plain is not None:
+        for kind in ("generate", "prompt"):
+            ratios[f"patched_{kind}"] = _ratio(times["unpatched"][kind] / times["stock"][kind])
+    speedups = times["stock"]["generate"] / times["pruned"]["generate"]
+    ratios["pruned_generate"] = _ratio(speedups / (whole / kept))
+    if memory["before"]:
+        ratios["pruned_memory"] = _ratio(np.array([_memory_ratio(memory, sizes["pruned"])]))
+    return Result(
+        model, type_name, n_layer,
+        {kind: n / float(np.median(times["stock"][kind])) for kind, n in _WORK.items()},
+        ratios, float(np.median(speedups)),
+        float(np.median(times["stock"]["prompt"] / times["pruned"]["prompt"])),
+        whole / kept, sizes, same,
+    )  # fmt: skip
+
+
+_WORK = {"generate": GENERATED_TOKENS, "prompt": PROMPT_TOKENS}
+
+
+def layers_for(shape: ModelShape, type_name: str) -> int:
+    """Layers of the benchmark's files: as many as stay near 0.8 GB, from 1 to 4."""
+    block, size = BLOCKS[type_name]
+    layer = 3 * shape.n_expert * shape.n_ff_exp * shape.n_embd * size / block
+    return int(np.clip(0.8e9 // layer, 1, 4))
+
+
+def _rounds(
+    workers: Mapping[str, Worker], rounds: int, tick: Callable[[int], object]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Seconds, by worker and kind, one for each round; the first round of all is not counted."""
+    rng = np.random.default_rng(0)
+    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in _WORK} for name in workers}
+    names = list(workers)
+    for index in range(-1, rounds):
+        tick(max(index, 0))
+        for kind, n in _WORK.items():
+            for name in rng.permutation(names):
+                seconds = workers[name].seconds(kind, n, max(index, 0))
+                if index >= 0:
+                    times[name][kind].append(seconds)
+    return {name: {kind: np.array(row) for kind, row in kinds.items()} for name, kinds in times.items()}
+
+
+def _ratio(values: NDArray[np.float64]) -> Ratio:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return Ratio(float(middle), float(low), float(high))
+
+
+def _memory_ratio(memory: Mapping[str, Any], file_bytes: int) -> float:
+    buffers = sum(size for name, size in memory["buffers"].items() if not name.endswith("model"))
+    return float((memory["peak"] - memory["before"]) / (file_bytes + buffers))

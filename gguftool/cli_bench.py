@@ -1,0 +1,81 @@
+"""The benchmarks. Their figures are ratios of interleaved runs; they are no tests and nothing waits for them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from .cli_options import make_terminal, output_options
+from .errors import GgufToolError
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed and memory on this machine."""
+
+
+@bench.command("runtime")
+@click.option(
+    "--model",
+    "models",
+    metavar="NAME",
+    multiple=True,
+    default=("qwen3-30b-a3b",),
+    show_default=True,
+    help="Layer sizes: qwen3-30b-a3b, gpt-oss-20b, deepseek-v2-lite, mixtral-8x7b; may be repeated.",
+)
+@click.option(
+    "--type",
+    "types",
+    metavar="TYPE",
+    multiple=True,
+    default=("Q4_K", "Q8_0"),
+    show_default=True,
+    help="Type of the weights; may be repeated.",
+)
+@click.option("--rounds", default=12, show_default=True, help="How often each file is run, in turns.")
+@click.option("--layers", "n_layer", default=0, show_default=True, help="Layers of the files; 0 picks by size.")
+@click.option("--threads", default=2, show_default=True, help="Threads of llama.cpp.")
+@click.option("--mmap/--no-mmap", default=True, show_default=True, help="Map the file, or read it.")
+@click.option("--repack/--no-repack", default=True, show_default=True, help="Let the CPU repack weights.")
+@click.option("--unpatched/--no-unpatched", default=True, show_default=True, help="Compare with llama.cpp as it is.")
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Where the files of some GB go.  [default: temporary]"
+)
+@output_options
+def bench_runtime(
+    models: tuple[str, ...], types: tuple[str, ...], rounds: int, n_layer: int, threads: int, mmap: bool, repack: bool,
+    unpatched: bool, folder: Path | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Speed of tiered files against stock ones of the same weights, at the layer sizes of real models.
+
+    Random weights, few layers, a small vocabulary. Exits with 1 where a bar is missed. Nothing else should run meanwhile.
+    """
+    from .bench import Options, check_names, measure
+    from .runtime import build
+    from .runtime_report import bench_table
+
+    terminal = make_terminal(as_json, quiet)
+    check_names(models, types)
+    options = Options(threads=threads, mmap=mmap, repack=repack)
+    results = []
+    with terminal.progress() as progress, tempfile.TemporaryDirectory(prefix="gguftool-bench-", dir=folder) as scratch:
+        plain = build("cpu", patched=False, progress=progress) if unpatched else None
+        patched = build("cpu", progress=progress)
+        for model in models:
+            for type_name in types:
+                results.append(
+                    measure(
+                        model, type_name, Path(scratch), patched, plain, options,
+                        rounds=rounds, n_layer=n_layer, progress=progress,
+                    )
+                )  # fmt: skip
+    missed = [line for result in results for line in result.missed()]
+    facts = [result.as_dict() for result in results]
+    terminal.show(
+        {"options": vars(options) | {"rounds": rounds}, "results": facts, "missed": missed}, bench_table(facts)
+    )
+    if missed:
+        raise GgufToolError("a bar is missed:\n" + "\n".join(f"  {line}" for line in missed))

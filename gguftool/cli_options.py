@@ -1,0 +1,73 @@
+"""What the commands share: options that several of them take, and where they talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from .terminal import Terminal
+
+FILE = click.Path(path_type=Path)
+BACKEND_NAMES = ("auto", "cpu", "cuda", "metal", "vulkan")
+Command = Callable[..., None]
+
+
+def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in this order."""
+
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+output_options = combined(
+    click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
+    click.option("--quiet", is_flag=True, help="No progress and no log."),
+)
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, type=click.Choice(BACKEND_NAMES),
+    help="Which build of the runtime.",
+)  # fmt: skip
+pre_tokenizer_option = click.option(
+    "--pre-tokenizer",
+    metavar="NAME",
+    help="llama.cpp's name of the pre-tokenizer, for a vocabulary that it does not know.",
+)
+n_ctx_option = click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
+device_option = click.option("--device", default="cpu", show_default=True, help="Torch device for calibration.")
+windows_option = click.option("--windows", type=int, help="Use at most so many windows of each calibration text.")
+data_option = click.option(
+    "--data", "data", type=FILE, multiple=True, required=True,
+    help="Calibration text: .txt, or .jsonl with a field text. Give it once for each domain.",
+)  # fmt: skip
+recipe_options = combined(
+    click.option("--method", default="global", show_default=True, help="`gguftool methods` lists them."),
+    click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
+    click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
+    click.option("--criterion", help="Another criterion than the method's own."),
+    click.option("--align", type=int, help="Widths are multiples of this.  [default: by the target type]"),
+    click.option("--max-tiers", default=4, show_default=True, help="Most different widths in a layer."),
+    click.option(
+        "--layout", default="auto", show_default=True, type=click.Choice(["auto", "stock"]),
+        help="stock: only plans that any llama.cpp can run.",
+    ),
+    click.option("--whole", type=float, help="TENP: share of experts kept whole."),
+    click.option("--depth", default="1:2", show_default=True, help="TENP: weight of the first and of the last layer."),
+    click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
+    click.option("--seed", default=0, show_default=True, help="Of the random controls."),
+)  # fmt: skip
+
+
+def make_terminal(as_json: bool = False, quiet: bool = False) -> Terminal:
+    """Where a command talks to; rich is imported here, and not by --help."""
+    from .terminal import Terminal
+
+    return Terminal(as_json=as_json, quiet=quiet)

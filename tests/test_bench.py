@@ -1,0 +1,98 @@
+"""The benchmark: its files run, its arithmetic is right, and a missed bar is called one. Nothing here is timed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gguftool import bench
+from gguftool.errors import GgufToolError
+from gguftool.gguf_file import GgufFile
+from gguftool.inspection import check, inspect
+from gguftool.random_model import SHAPES, active_bytes, pruned_widths, split_widths, write_random_model
+
+
+def tiny(name: str):
+    """A shape with the tensors of `name`, a few experts and narrow ones."""
+    return replace(SHAPES[name], n_expert=8, n_expert_used=2, n_ff_exp=96)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_files_run_and_split_is_stock(name, runtime, tmp_path):
+    shape = tiny(name)
+    paths = {"stock": None, "split": split_widths(shape), "pruned": pruned_widths(shape)}
+    for kind, widths in paths.items():
+        write_random_model(tmp_path / kind, shape, "Q8_0", 2, runtime.ggml, widths)
+        faults = check(inspect(GgufFile(tmp_path / kind)))
+        assert not faults
+    logits = {}
+    for kind in paths:
+        with bench.working(runtime, tmp_path / kind, bench.Options(), routes=True) as worker:
+            logits[kind] = np.array(worker.ask("logits", 5, seed=1)["logits"])
+            chosen = np.array(worker.ask("routes", 7, seed=2)["chosen"])
+        assert chosen.shape == (2, 8) and (chosen.sum(axis=1) == 7 * 2).all()
+    assert np.isfinite(logits["stock"]).all() and logits["stock"].std() > 0
+    assert np.array_equal(logits["split"], logits["stock"])
+    assert not np.allclose(logits["pruned"], logits["stock"])
+
+
+def test_the_real_sizes_are_those_of_the_models():
+    """Parameters of one layer's routed experts, from the models' cards."""
+    want = {
+        "qwen3-30b-a3b": 128 * 3 * 2048 * 768, "gpt-oss-20b": 32 * 3 * 2880 * 2880,
+        "deepseek-v2-lite": 64 * 3 * 2048 * 1408, "mixtral-8x7b": 8 * 3 * 4096 * 14336,
+    }  # fmt: skip
+    assert {name: s.n_expert * 3 * s.n_embd * s.n_ff_exp for name, s in SHAPES.items()} == want
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_about_three_fifths_are_kept(name):
+    shape = SHAPES[name]
+    widths, tier = pruned_widths(shape)
+    assert 0.57 < widths.sum() / (shape.n_expert * shape.n_ff_exp) < 0.63
+    assert [len(set(widths[tier == t])) for t in range(3)] == [1, 1, 1]
+
+
+def test_active_bytes_by_hand():
+    shape = replace(SHAPES["qwen3-30b-a3b"], n_expert=2, n_expert_used=1, n_ff_exp=64)
+    # F32: everything that is no expert, without the embedding, then the experts as often as they were chosen.
+    fixed = 4 * (2048 + 2048 * 2048 + (2048 + 128 + 128 + 2048) + 2 * 2048 * 4096 + 2 * 2048 * 512 + 2 * 2048)
+    expert = 4 * 3 * 2048 * 64
+    assert active_bytes(shape, "F32", 1, np.array([[3.0, 1.0]])) == fixed + expert
+    halved = active_bytes(shape, "F32", 1, np.array([[3.0, 1.0]]), np.array([64, 32]))
+    assert halved == fixed + expert * (0.75 + 0.25 / 2)
+
+
+def test_a_missed_bar_is_named():
+    fine = {key: bench.Ratio(1.0, 1.0, 1.0) for key in bench.BARS}
+    result = bench.Result("m", "Q4_K", 1, {}, fine, 1.0, 1.0, 1.0, {}, True)
+    assert result.missed() == []
+    slow = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.969, 0.9, 1.0)})
+    assert slow.missed() == ["m Q4_K: split_prompt 0.969, the bar is 0.97"]
+    fat = replace(result, ratios=fine | {"pruned_memory": bench.Ratio(1.03, 1.03, 1.03)})
+    assert fat.missed() == ["m Q4_K: pruned_memory 1.030, the bar is 1.02"]
+    assert len(replace(result, same_logits=False).missed()) == 1
+
+
+def test_a_measurement_from_end_to_end(runtime, plain_runtime, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", replace(tiny("qwen3-30b-a3b"), name="tiny"))
+    result = bench.measure("tiny", "Q8_0", tmp_path, runtime, plain_runtime, bench.Options(), rounds=2)
+    assert result.same_logits and set(bench.BARS) <= set(result.ratios)
+    assert all(ratio.low <= ratio.value <= ratio.high and ratio.value > 0 for ratio in result.ratios.values())
+    assert 1 < result.active_bytes_ratio < 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_measured_is_refused(runtime, tmp_path):
+    with pytest.raises(GgufToolError, match="no model 'gpt5'; known are qwen3-30b-a3b"):
+        bench.check_names(["gpt5"], ["Q8_0"])
+    with pytest.raises(GgufToolError, match="no type 'Q9'"):
+        bench.check_names(["mixtral-8x7b"], ["Q9"])
+    (tmp_path / "no.gguf").write_bytes(b"GGUF")
+    with (
+        pytest.raises(GgufToolError, match="does not load"),
+        bench.working(runtime, tmp_path / "no.gguf", bench.Options()),
+    ):
+        pass
