@@ -6,13 +6,16 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .devices import devices
 from .errors import GgufToolError
 from .runtime_base import BACKENDS, Runtime, built, cache_dir, locate, patches_dir, read_base, series
 from .runtime_build import build, fetch, last_line
 from .toolchain import suits
+
+if TYPE_CHECKING:
+    from .gguf_file import GgufFile
 
 __all__ = [
     "BACKENDS", "Runtime", "build", "built", "cache_dir", "describe", "fetch", "find", "is_patched", "last_line", "load",
@@ -75,7 +78,7 @@ def load_for(backend: str, *models: Path) -> tuple[ModuleType, int, str]:
     """
     from .gguf_file import GgufFile
 
-    tiered = [path for path in models if any(t.name.endswith("ffn_exps_tier.weight") for t in GgufFile(path).tensors)]
+    tiered = [path for path in models if _is_tiered(GgufFile(path))]
     found = find(backend)
     if found is not None:
         return load(found), found.n_gpu_layers, found.backend
@@ -91,6 +94,12 @@ def load_for(backend: str, *models: Path) -> tuple[ModuleType, int, str]:
     except (ImportError, RuntimeError, FileNotFoundError) as error:
         raise GgufToolError("there is no llama.cpp to run models with; run `gguftool runtime build` first") from error
     return llama_cpp, 0, "cpu"
+
+
+def _is_tiered(file: GgufFile) -> bool:
+    # The key beside the tensors: the first shard of a split model may hold none of them.
+    named = file.value("gguftool.layout", "stock") == "tiered"
+    return named or any(tensor.name.endswith("ffn_exps_tier.weight") for tensor in file.tensors)
 
 
 def describe(backend: str = "auto") -> dict[str, Any]:

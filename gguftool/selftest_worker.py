@@ -50,7 +50,14 @@ def _run(runtime: Runtime, chosen: list[int], request: dict[str, Any]) -> None:
         raise GgufToolError(f"the runtime has no device {request['device']}")
     llama, n_ctx = load(runtime), request["n_ctx"]
     for model, n_ubatch, out in request["runs"]:
-        how = {"n_ctx": n_ctx, "n_gpu_layers": 999 if chosen else 0, "n_ubatch": n_ubatch, "devices": chosen}
+        # One thread: models as small as these would wait for each other's threads on a busy machine.
+        how = {
+            "n_ctx": n_ctx,
+            "n_gpu_layers": 999 if chosen else 0,
+            "n_ubatch": n_ubatch,
+            "devices": chosen,
+            "threads": 1,
+        }
         with open_session(llama, **how) as session, LoadedModel(session, Path(model)) as loaded:
             windows = loaded.windows(request["text"], request["windows"])
             # The logits are a view, good until the next window.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from gguftool.corpus import load_domain
 from gguftool.stats import CalibrationStats
 
 WINDOWS = 8
+# Threads that wait by spinning cost minutes where tests share few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
-
-# Threads that spin while they wait for one that has no core make a tiny model twenty times as slow. For every child.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def run(runtime: Any, tool: str, *options: object) -> tuple[int, str]:

@@ -78,7 +78,9 @@ def test_a_missed_bar_is_named():
 
 def test_a_measurement_from_end_to_end(runtime, plain_runtime, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "tiny", replace(tiny("qwen3-30b-a3b"), name="tiny"))
-    result = bench.measure("tiny", "Q8_0", tmp_path, runtime, plain_runtime, bench.Options(), rounds=2)
+    monkeypatch.setattr(bench, "_WORK", {"generate": 2, "prompt": 16})
+    monkeypatch.setattr(bench, "GENERATED_TOKENS", 2)
+    result = bench.measure("tiny", "Q8_0", tmp_path, runtime, plain_runtime, bench.Options(), rounds=2, n_layer=1)
     assert result.same_logits and set(bench.BARS) <= set(result.ratios)
     assert all(ratio.low <= ratio.value <= ratio.high and ratio.value > 0 for ratio in result.ratios.values())
     assert 1 < result.active_bytes_ratio < 2
