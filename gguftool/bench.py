@@ -1,7 +1,9 @@
 """How fast the patched runtime is: ratios of interleaved runs at the layer sizes of real models.
 
 Absolute times drift with the machine's clock and load; so every file has a process of its own that stays loaded, each
-round asks all of them in a random order, and what is reported is the median over rounds of the ratio within a round.
+round asks all of them in a random order, and only speeds of the same rounds are compared. Where a process happened to
+get its memory makes one of two equal processes a few per cent slower for all of its life; so the processes are started
+several times, the references twice each time, and weights are read into huge pages unless --mmap says otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from .tensors import BLOCKS
 Progress = Callable[[int, int, str], None]
 
 PROMPT_TOKENS = 512
-GENERATED_TOKENS = 32
+GENERATED_TOKENS = 64
+# Those that others are compared with: speeds are means over two processes, and one against the other is the control.
+REFERENCES = ("stock", "unpatched")
 # runtime.md of the design; a ratio of 1 is the goal everywhere.
 BARS = {
     "split_generate": 0.97, "split_prompt": 0.97, "pruned_generate": 0.90, "pruned_memory": 1.02,
@@ -40,26 +44,25 @@ class Options:
     """How to measure: threads, layers on the GPU, and whether llama.cpp maps the file and repacks its weights."""
 
     threads: int = 2
-    mmap: bool = True
+    mmap: bool = False
     repack: bool = True
     n_gpu_layers: int = 0
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over the rounds, and the quartiles of its rounds."""
+    """Geometric mean over the starts, and its relative standard error."""
 
     value: float
-    low: float
-    high: float
+    error: float
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model shape in one type. `ratios` has the keys of BARS (and control_*: the stock file against itself).
+    """One model shape in one type. `ratios` has the keys of BARS and control_*.
 
     split_*: speed with the experts in two equal tiers ÷ as one stack. patched_*: the stock file's speed with the
-    patches ÷ without. pruned_generate: (speed pruned ÷ original) ÷ (active bytes original ÷ pruned). pruned_memory:
+    patches ÷ without. control_*: one process of the stock file ÷ the other. pruned_generate: (speed pruned ÷ original) ÷ (active bytes original ÷ pruned). pruned_memory:
     peak resident memory ÷ (file + KV + compute buffers), the file read instead of mapped: of mapped and repacked weights
     the kernel also counts the pages that it could drop. `speedup` and `kept_bytes` explain pruned_generate.
     """
@@ -96,7 +99,9 @@ class Result:
 class Worker:
     """A process with one loaded model (bench_worker)."""
 
-    def __init__(self, runtime: Runtime, model: Path, options: Options, *, routes: bool = False) -> None:
+    def __init__(
+        self, runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True
+    ) -> None:
         self.model = model
         settings = asdict(options) | {"routes": routes}
         command = [
@@ -110,7 +115,12 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             # glibc otherwise keeps the buffers that a file was read through, tens of MB, as if they were in use.
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+            # hugetlb: of memory in small pages, other physical ones each time, a process gets slower or faster by chance;
+            # but huge ones round up what a process takes.
+            env={
+                **os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000",
+                "GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(huge_pages)}",
+            },
         )  # fmt: skip
         self._answer()
 
@@ -145,9 +155,11 @@ class Worker:
 
 
 @contextmanager
-def working(runtime: Runtime, model: Path, options: Options, *, routes: bool = False) -> Iterator[Worker]:
+def working(
+    runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True
+) -> Iterator[Worker]:
     """A worker that ends with the block, however that ends."""
-    worker = Worker(runtime, model, options, routes=routes)
+    worker = Worker(runtime, model, options, routes=routes, huge_pages=huge_pages)
     try:
         yield worker
     finally:
@@ -168,11 +180,13 @@ def check_names(models: Sequence[str], types: Sequence[str]) -> None:
 
 def measure(
     model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
-    rounds: int = 12, n_layer: int = 0, progress: Progress | None = None,
+    starts: int = 6, rounds: int = 4, n_layer: int = 0, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
 
     Args:
+        starts: how often all processes are started anew.
+        rounds: how often each of them is asked, in turns, after a first round that is not counted.
         n_layer: layers of the files; 0 picks by size.
         plain: a runtime without patches, to compare the stock file with; None leaves that out.
         progress: called with (done, total, text).
@@ -183,47 +197,52 @@ def measure(
     shape = SHAPES[model]
     n_layer = n_layer or layers_for(shape, type_name)
     widths = {"stock": None, "split": split_widths(shape), "pruned": pruned_widths(shape)}
-    steps = len(widths) + rounds + 2
+    steps = len(widths) + starts + 1
     paths = {}
+
+    def tell(step: int, text: str = "") -> None:
+        if progress:
+            progress(step, steps, f"{model} {type_name}{text}")
+
     with ExitStack() as stack:
         for step, (name, chosen) in enumerate(widths.items()):
-            if progress:
-                progress(step, steps, f"{model} {type_name}: writing {name}")
+            tell(step, f": writing {name}")
             paths[name] = folder / f"{model}-{type_name}-{name}.gguf"
             stack.callback(paths[name].unlink, missing_ok=True)
             write_random_model(paths[name], shape, type_name, n_layer, patched.ggml, chosen)
         sizes = {name: path.stat().st_size for name, path in paths.items()}
-        workers = {name: stack.enter_context(working(patched, path, options)) for name, path in paths.items()}
-        workers["control"] = stack.enter_context(working(patched, paths["stock"], options))
-        if plain is not None:
-            workers["unpatched"] = stack.enter_context(working(plain, paths["stock"], options))
-        first = {name: worker.ask("logits", 48, seed=1)["logits"] for name, worker in workers.items()}
-        same = all(first[name] == first["stock"] for name in workers if name != "pruned")
-        times = _rounds(workers, rounds, lambda r: progress and progress(3 + r, steps, f"{model} {type_name}"))
-        with working(patched, paths["pruned"], replace(options, mmap=False)) as reader:
+        jobs = [(name, patched, path) for name, path in paths.items()]
+        jobs += [("unpatched", plain, paths["stock"])] if plain is not None else []
+        found = []
+        for start in range(starts):
+            tell(len(widths) + start)
+            found.append(_start(jobs, options, rounds, np.random.default_rng(start)))
+        same = all(run.same_logits for run in found)
+        with working(patched, paths["pruned"], replace(options, mmap=False), huge_pages=False) as reader:
             reader.seconds("prompt", PROMPT_TOKENS, 0)
             memory = reader.ask("memory")
         with working(patched, paths["pruned"], options, routes=True) as router:
             counts = np.sum([router.ask("routes", GENERATED_TOKENS, r)["chosen"] for r in range(rounds)], axis=0)
     whole = active_bytes(shape, type_name, n_layer, counts)
     kept = active_bytes(shape, type_name, n_layer, counts, pruned_widths(shape)[0])
+
+    def seconds(name: str, kind: str) -> NDArray[np.float64]:
+        return np.array([np.mean(run.seconds[name][kind]) for run in found])
+
     ratios = {}
-    for key, name in (("split", "split"), ("control", "control")):
-        for kind in ("generate", "prompt"):
-            ratios[f"{key}_{kind}"] = _ratio(times["stock"][kind] / times[name][kind])
-    if plain is not None:
-        for kind in ("generate", "prompt"):
-            ratios[f"patched_{kind}"] = _ratio(times["unpatched"][kind] / times["stock"][kind])
-    speedups = times["stock"]["generate"] / times["pruned"]["generate"]
-    ratios["pruned_generate"] = _ratio(speedups / (whole / kept))
+    for kind in _WORK:
+        ratios[f"split_{kind}"] = _ratio(seconds("stock", kind) / seconds("split", kind))
+        ratios[f"control_{kind}"] = _ratio(np.array([np.divide(*run.seconds["stock"][kind]) for run in found]))
+        if plain is not None:
+            ratios[f"patched_{kind}"] = _ratio(seconds("unpatched", kind) / seconds("stock", kind))
+    speedups = {kind: _ratio(seconds("stock", kind) / seconds("pruned", kind)) for kind in _WORK}
+    ratios["pruned_generate"] = replace(speedups["generate"], value=speedups["generate"].value * kept / whole)
     if memory["before"]:
-        ratios["pruned_memory"] = _ratio(np.array([_memory_ratio(memory, sizes["pruned"])]))
+        ratios["pruned_memory"] = Ratio(_memory_ratio(memory, sizes["pruned"]), 0.0)
     return Result(
         model, type_name, n_layer,
-        {kind: n / float(np.median(times["stock"][kind])) for kind, n in _WORK.items()},
-        ratios, float(np.median(speedups)),
-        float(np.median(times["stock"]["prompt"] / times["pruned"]["prompt"])),
-        whole / kept, sizes, same,
+        {kind: n / float(np.median(seconds("stock", kind))) for kind, n in _WORK.items()},
+        ratios, speedups["generate"].value, speedups["prompt"].value, whole / kept, sizes, same,
     )  # fmt: skip
 
 
@@ -237,26 +256,43 @@ def layers_for(shape: ModelShape, type_name: str) -> int:
     return int(np.clip(0.8e9 // layer, 1, 4))
 
 
-def _rounds(
-    workers: Mapping[str, Worker], rounds: int, tick: Callable[[int], object]
-) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Seconds, by worker and kind, one for each round; the first round of all is not counted."""
-    rng = np.random.default_rng(0)
-    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in _WORK} for name in workers}
-    names = list(workers)
-    for index in range(-1, rounds):
-        tick(max(index, 0))
-        for kind, n in _WORK.items():
-            for name in rng.permutation(names):
-                seconds = workers[name].seconds(kind, n, max(index, 0))
-                if index >= 0:
-                    times[name][kind].append(seconds)
-    return {name: {kind: np.array(row) for kind, row in kinds.items()} for name, kinds in times.items()}
+@dataclass(frozen=True)
+class _Start:
+    """`seconds[name][kind]`: for each process of that name the median over the rounds."""
+
+    seconds: dict[str, dict[str, list[float]]]
+    same_logits: bool
+
+
+def _start(
+    jobs: Sequence[tuple[str, Runtime, Path]], options: Options, rounds: int, rng: np.random.Generator
+) -> _Start:
+    """One life of all processes. They are loaded and asked in random orders."""
+    jobs = [job for job in jobs for _ in range(2 if job[0] in REFERENCES else 1)]
+    with ExitStack() as stack:
+        workers: list[tuple[str, Worker]] = []
+        for index in rng.permutation(len(jobs)):
+            name, runtime, path = jobs[index]
+            workers.append((name, stack.enter_context(working(runtime, path, options))))
+        logits = {name: worker.ask("logits", 48, seed=1)["logits"] for name, worker in workers if name != "pruned"}
+        times: list[dict[str, list[float]]] = [{kind: [] for kind in _WORK} for _ in workers]
+        for index in range(-1, rounds):
+            for kind, n in _WORK.items():
+                for place in rng.permutation(len(workers)):
+                    taken = workers[place][1].seconds(kind, n, max(index, 0))
+                    if index >= 0:
+                        times[place][kind].append(taken)
+    seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in _WORK} for name, _ in workers}
+    for (name, _), kinds in zip(workers, times, strict=True):
+        for kind, values in kinds.items():
+            seconds[name][kind].append(float(np.median(values)))
+    return _Start(seconds, all(one == logits["stock"] for one in logits.values()))
 
 
 def _ratio(values: NDArray[np.float64]) -> Ratio:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return Ratio(float(middle), float(low), float(high))
+    logs = np.log(values)
+    error = float(logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else 0.0
+    return Ratio(float(np.exp(logs.mean())), error)
 
 
 def _memory_ratio(memory: Mapping[str, Any], file_bytes: int) -> float:

@@ -35,10 +35,11 @@ def bench() -> None:
     show_default=True,
     help="Type of the weights; may be repeated.",
 )
-@click.option("--rounds", default=12, show_default=True, help="How often each file is run, in turns.")
+@click.option("--starts", default=6, show_default=True, help="How often all processes are started anew.")
+@click.option("--rounds", default=4, show_default=True, help="How often each of them is asked, in turns.")
 @click.option("--layers", "n_layer", default=0, show_default=True, help="Layers of the files; 0 picks by size.")
 @click.option("--threads", default=2, show_default=True, help="Threads of llama.cpp.")
-@click.option("--mmap/--no-mmap", default=True, show_default=True, help="Map the file, or read it.")
+@click.option("--mmap/--no-mmap", default=False, show_default=True, help="Map the file, or read it.")
 @click.option("--repack/--no-repack", default=True, show_default=True, help="Let the CPU repack weights.")
 @click.option("--unpatched/--no-unpatched", default=True, show_default=True, help="Compare with llama.cpp as it is.")
 @click.option(
@@ -46,7 +47,7 @@ def bench() -> None:
 )
 @output_options
 def bench_runtime(
-    models: tuple[str, ...], types: tuple[str, ...], rounds: int, n_layer: int, threads: int, mmap: bool, repack: bool,
+    models: tuple[str, ...], types: tuple[str, ...], starts: int, rounds: int, n_layer: int, threads: int, mmap: bool, repack: bool,
     unpatched: bool, folder: Path | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Speed of tiered files against stock ones of the same weights, at the layer sizes of real models.
@@ -69,13 +70,14 @@ def bench_runtime(
                 results.append(
                     measure(
                         model, type_name, Path(scratch), patched, plain, options,
-                        rounds=rounds, n_layer=n_layer, progress=progress,
+                        starts=starts, rounds=rounds, n_layer=n_layer, progress=progress,
                     )
                 )  # fmt: skip
     missed = [line for result in results for line in result.missed()]
     facts = [result.as_dict() for result in results]
     terminal.show(
-        {"options": vars(options) | {"rounds": rounds}, "results": facts, "missed": missed}, bench_table(facts)
+        {"options": vars(options) | {"starts": starts, "rounds": rounds}, "results": facts, "missed": missed},
+        bench_table(facts),
     )
     if missed:
         raise GgufToolError("a bar is missed:\n" + "\n".join(f"  {line}" for line in missed))

@@ -41,6 +41,10 @@ OPTIONS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_BUILD_APP": "OFF",
 }
+if sys.platform != "win32":
+    # Where the inner loops lie decides a few per cent of their speed. With functions at cache lines a patch to one file
+    # does not move the loops of the others.
+    OPTIONS |= {f"CMAKE_{language}_FLAGS_RELEASE": "-O3 -DNDEBUG -falign-functions=64" for language in ("C", "CXX")}
 # From the fastest to the slowest: what `auto` takes first of what has been built.
 BACKENDS = {"cuda": {"GGML_CUDA": "ON"}, "metal": {"GGML_METAL": "ON"}, "vulkan": {"GGML_VULKAN": "ON"}, "cpu": {}}
 

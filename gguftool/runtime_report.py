@@ -50,7 +50,7 @@ def crosscheck_table(facts: Mapping[str, Any]) -> Table:
 def bench_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each of `bench.Result.as_dict()`; a missed bar is marked."""
     table = Table(
-        caption="ratios of speed, median of the rounds; 1.00 is the goal. tiers: the same experts in two tiers ÷ in one stack. "
+        caption="ratios of speed, mean of the starts; 1.00 is the goal. tiers: the same experts in two tiers ÷ in one stack. "
         "pruned: speed-up ÷ (active bytes before ÷ after). patched: the stock file with our llama.cpp ÷ without our patches. "
         "control: the stock file ÷ itself. memory: peak ÷ (file + KV + compute buffers). *: below the bar",
         caption_justify="left",
@@ -65,7 +65,7 @@ def bench_table(results: Sequence[Mapping[str, Any]]) -> Table:
     for result in results:
         missed = {line.split(": ")[1].split()[0] for line in result["missed"]}
         cells = [
-            f"{result['ratios'][key]['value']:.3f}{'*' if key in missed else ''}" if key in result["ratios"] else ""
+            _ratio_cell(result["ratios"][key], key in missed) if key in result["ratios"] else ""
             for key in columns.values()
         ]
         table.add_row(
@@ -76,3 +76,8 @@ def bench_table(results: Sequence[Mapping[str, Any]]) -> Table:
             f"÷ {result['active_bytes_ratio']:.2f}",
         )
     return table
+
+
+def _ratio_cell(ratio: Mapping[str, float], missed: bool) -> str:
+    error = f" ± {ratio['error']:.3f}" if ratio["error"] else ""
+    return f"{ratio['value']:.3f}{error}{'*' if missed else ''}"

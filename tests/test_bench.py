@@ -66,12 +66,12 @@ def test_active_bytes_by_hand():
 
 
 def test_a_missed_bar_is_named():
-    fine = {key: bench.Ratio(1.0, 1.0, 1.0) for key in bench.BARS}
+    fine = {key: bench.Ratio(1.0, 0.0) for key in bench.BARS}
     result = bench.Result("m", "Q4_K", 1, {}, fine, 1.0, 1.0, 1.0, {}, True)
     assert result.missed() == []
-    slow = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.969, 0.9, 1.0)})
+    slow = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.969, 0.01)})
     assert slow.missed() == ["m Q4_K: split_prompt 0.969, the bar is 0.97"]
-    fat = replace(result, ratios=fine | {"pruned_memory": bench.Ratio(1.03, 1.03, 1.03)})
+    fat = replace(result, ratios=fine | {"pruned_memory": bench.Ratio(1.03, 0.0)})
     assert fat.missed() == ["m Q4_K: pruned_memory 1.030, the bar is 1.02"]
     assert len(replace(result, same_logits=False).missed()) == 1
 
@@ -80,11 +80,21 @@ def test_a_measurement_from_end_to_end(runtime, plain_runtime, tmp_path, monkeyp
     monkeypatch.setitem(bench.SHAPES, "tiny", replace(tiny("qwen3-30b-a3b"), name="tiny"))
     monkeypatch.setattr(bench, "_WORK", {"generate": 2, "prompt": 16})
     monkeypatch.setattr(bench, "GENERATED_TOKENS", 2)
-    result = bench.measure("tiny", "Q8_0", tmp_path, runtime, plain_runtime, bench.Options(), rounds=2, n_layer=1)
+    result = bench.measure(
+        "tiny", "Q8_0", tmp_path, runtime, plain_runtime, bench.Options(), starts=2, rounds=1, n_layer=1
+    )
     assert result.same_logits and set(bench.BARS) <= set(result.ratios)
-    assert all(ratio.low <= ratio.value <= ratio.high and ratio.value > 0 for ratio in result.ratios.values())
+    assert all(ratio.value > 0 and ratio.error >= 0 for ratio in result.ratios.values())
+    assert result.ratios["split_prompt"].error > 0
     assert 1 < result.active_bytes_ratio < 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_ratio_by_hand():
+    """Half and double speed are 1 in the mean; of log 2 and -log 2 the standard deviation is sqrt(2) log 2."""
+    ratio = bench._ratio(np.array([0.5, 2.0]))
+    assert ratio.value == pytest.approx(1.0) and ratio.error == pytest.approx(np.log(2))
+    assert bench._ratio(np.array([1.25])) == bench.Ratio(pytest.approx(1.25), 0.0)
 
 
 def test_what_cannot_be_measured_is_refused(runtime, tmp_path):
