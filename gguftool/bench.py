@@ -3,7 +3,7 @@
 Absolute times drift with the machine's clock and load; so every file has a process of its own that stays loaded, each
 round asks all of them in a random order, and only speeds of the same rounds are compared. Where a process happened to
 get its memory makes one of two equal processes a few per cent slower for all of its life; so the processes are started
-several times, the references twice each time, and weights are read into huge pages unless --mmap says otherwise.
+several times, most of them twice each time, and weights are read into huge pages unless --mmap says otherwise.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Progress = Callable[[int, int, str], None]
 
 PROMPT_TOKENS = 512
 GENERATED_TOKENS = 64
-# Those that others are compared with: speeds are means over two processes, and one against the other is the control.
-REFERENCES = ("stock", "unpatched")
+# Those whose ratios are near 1: speeds are means over two processes, and one stock process against the other is the control.
+TWICE = ("stock", "unpatched", "split")
 # runtime.md of the design; a ratio of 1 is the goal everywhere.
 BARS = {
     "split_generate": 0.97, "split_prompt": 0.97, "pruned_generate": 0.90, "pruned_memory": 1.02,
@@ -62,9 +62,10 @@ class Result:
     """One model shape in one type. `ratios` has the keys of BARS and control_*.
 
     split_*: speed with the experts in two equal tiers ÷ as one stack. patched_*: the stock file's speed with the
-    patches ÷ without. control_*: one process of the stock file ÷ the other. pruned_generate: (speed pruned ÷ original) ÷ (active bytes original ÷ pruned). pruned_memory:
-    peak resident memory ÷ (file + KV + compute buffers), the file read instead of mapped: of mapped and repacked weights
-    the kernel also counts the pages that it could drop. `speedup` and `kept_bytes` explain pruned_generate.
+    patches ÷ without. control_*: one process of the stock file ÷ the other. pruned_generate: (speed pruned ÷ original) ÷
+    (active bytes original ÷ pruned). pruned_memory: peak resident memory ÷ (file + KV + compute buffers), the file read
+    instead of mapped: of mapped and repacked weights the kernel also counts the pages that it could drop. `speedup` and
+    `active_bytes_ratio` explain pruned_generate.
     """
 
     model: str
@@ -180,7 +181,7 @@ def check_names(models: Sequence[str], types: Sequence[str]) -> None:
 
 def measure(
     model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
-    starts: int = 6, rounds: int = 4, n_layer: int = 0, progress: Progress | None = None,
+    starts: int = 8, rounds: int = 4, n_layer: int = 0, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
 
@@ -268,7 +269,7 @@ def _start(
     jobs: Sequence[tuple[str, Runtime, Path]], options: Options, rounds: int, rng: np.random.Generator
 ) -> _Start:
     """One life of all processes. They are loaded and asked in random orders."""
-    jobs = [job for job in jobs for _ in range(2 if job[0] in REFERENCES else 1)]
+    jobs = [job for job in jobs for _ in range(2 if job[0] in TWICE else 1)]
     with ExitStack() as stack:
         workers: list[tuple[str, Worker]] = []
         for index in rng.permutation(len(jobs)):
