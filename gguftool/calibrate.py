@@ -13,8 +13,11 @@ from .checkpoint import Checkpoint
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
 from .inventory import model_facts
 from .recorders import ExpertRecorder
-from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS, CalibrationStats, Domain
+from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS, CalibrationStats, Domain
 from .workdir import WorkDir
+
+# A layer's K x K second moments may take so much memory before OBS costs are left out: 302 MB at Qwen3-30B's sizes.
+OBS_BYTES = 2 << 30
 
 
 def calibrate(
@@ -26,6 +29,7 @@ def calibrate(
     dtype: torch.dtype = torch.float32,
     hidden_dtype: torch.dtype = torch.float32,
     batch: int = 4,
+    obs: bool | None = None,
     progress: Progress | None = None,
     out: Path | None = None,
 ) -> CalibrationStats:
@@ -38,6 +42,7 @@ def calibrate(
             model, texts and types; otherwise it starts anew. Removed at the end, behind the saving to `out`.
         dtype: of the computation. hidden_dtype: of the hidden states on disk.
         batch: windows that run through a layer at once.
+        obs: whether to solve OBS costs too; None where a layer's second moments take at most OBS_BYTES.
         progress: called with (windows x layers done, all of them, what is being done).
         out: where to save the stats; where that fails, `work_dir` still has everything for another try.
 
@@ -46,25 +51,29 @@ def calibrate(
     facts = model_facts(checkpoint)
     shape = (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
 
+    if obs is None:
+        obs = obs_bytes(checkpoint) <= OBS_BYTES
+
     def record(module: nn.Module, layer: int) -> ExpertRecorder:
-        return ExpertRecorder(module, len(domains), shape, layer)
+        return ExpertRecorder(module, len(domains), shape, layer, obs=obs)
 
     run = LayeredPass(
         LayerStream(checkpoint, device, dtype), domains, record, linears=True, batch=batch, progress=progress
     )
-    work = WorkDir(work_dir, identity(checkpoint, domains, dtype, hidden_dtype), run.shape, hidden_dtype)
+    work = WorkDir(work_dir, identity(checkpoint, domains, dtype, hidden_dtype) | {"obs": obs}, run.shape, hidden_dtype)
     run.run(work)
     linears = run.finish(work)
     saved = [work.sums(layer) for layer in range(checkpoint.n_layers)]
     moe = [saved[layer] for layer in checkpoint.moe_layers]
     for arrays in saved:
         linears |= {name.removeprefix("linear."): v for name, v in arrays.items() if name.startswith("linear.")}
+    names = NEURON_SUMS | WEIGHT_NORMS | (SOLVED if obs else {})
     stats = CalibrationStats(
         model=facts,
         domains=tuple(domain for domain, _ in domains),
         n_ctx=run.n_ctx,
         experts={name: np.stack([arrays[f"expert.{name}"] for arrays in moe], axis=1) for name in EXPERT_SUMS},
-        neurons={name: np.stack([arrays[f"neuron.{name}"] for arrays in moe]) for name in NEURON_SUMS | WEIGHT_NORMS},
+        neurons={name: np.stack([arrays[f"neuron.{name}"] for arrays in moe]) for name in names},
         expert_inputs=np.stack([arrays["expert_inputs"] for arrays in moe]),
         linears=linears,
         linear_tokens=run.windows.size,
@@ -74,3 +83,8 @@ def calibrate(
         stats.save(out)
     work.remove()
     return stats
+
+
+def obs_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of one layer's second moments, [E, K, K] in float32."""
+    return 4 * checkpoint.n_expert * checkpoint.n_ff_exp**2

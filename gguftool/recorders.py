@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import GgufToolError
+from .obs import eliminate
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
 Sums = dict[str, Tensor]
@@ -65,11 +66,14 @@ class ExpertRecorder:
         experts: sums over the tokens routed to an expert of one domain, name -> float64 [D, E].
         neurons: sums of all domains and the norms of the down columns, name -> float64 [E, K].
         inputs: sum of x^2 over the tokens routed to an expert, float64 [E, d].
+        grams: C = sum of g^2 h h^T, float32 [E, K, K], from which `arrays` solves the OBS costs; None where not wanted.
         domain: index of the domain that the next call belongs to.
     """
 
     @torch.no_grad()
-    def __init__(self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int) -> None:
+    def __init__(
+        self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int, *, obs: bool = False
+    ) -> None:
         """`shape` is (E, K, d). Raises GgufToolError for an experts module that is laid out in another way."""
         n_expert, width, n_embd = shape
         check_layout(module, shape, layer)
@@ -79,6 +83,10 @@ class ExpertRecorder:
         self.experts: Sums = dict(zip(EXPERT_SUMS, self._token_sums, strict=True))
         self.neurons: Sums = {name: _zeros(down, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
         self.inputs = _zeros(down, n_expert, n_embd)
+        self.grams: Tensor | None = None
+        if obs:
+            kind = torch.promote_types(down.dtype, torch.float32)
+            self.grams = torch.zeros(n_expert, width, width, dtype=kind, device=down.device)
         for expert in range(n_expert):
             self.neurons["down_norm_sq"][expert] = down[expert].double().square().sum(dim=0)
 
@@ -91,6 +99,10 @@ class ExpertRecorder:
         """The sums by the names that the work directory keeps them under."""
         found = {f"expert.{name}": value.cpu().numpy() for name, value in self.experts.items()}
         found |= {f"neuron.{name}": value.cpu().numpy() for name, value in self.neurons.items()}
+        if self.grams is not None:
+            down, tokens = self.module.get_parameter("down_proj"), self.experts["count"].sum(dim=0)
+            costs = [eliminate(gram, down[e], int(tokens[e])) for e, gram in enumerate(self.grams)]
+            found["neuron.obs"] = torch.stack(costs).cpu().numpy()
         return found | {"expert_inputs": self.inputs.cpu().numpy()}
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
@@ -133,6 +145,9 @@ class ExpertRecorder:
             "proj": proj,
             "proj_abs": proj.abs(),
         }
+        if self.grams is not None:
+            weighted = (h * gate[:, None]).to(self.grams.dtype)
+            self.grams[expert].addmm_(weighted.T, weighted)
         for name, values in per_neuron.items():
             self.neurons[name][expert] += values.sum(dim=0, dtype=torch.float64)
         self.inputs[expert] += x.square().sum(dim=0, dtype=torch.float64)

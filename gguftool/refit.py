@@ -21,12 +21,11 @@ from .checkpoint import Checkpoint
 from .down_weights import DownWeights
 from .errors import GgufToolError
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
+from .obs import RIDGE
 from .plan import Neurons, PrunePlan
 from .recorders import GramRecorder
 from .stats import Domain
 from .workdir import WorkDir
-
-RIDGE = 1e-2
 
 
 def refit(

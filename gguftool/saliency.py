@@ -73,6 +73,12 @@ def _second_moment(stats: CalibrationStats) -> Array:
     return stats.neurons["h_sq"] * stats.neurons["down_norm_sq"]
 
 
+def _obs(stats: CalibrationStats) -> Array:
+    if "obs" not in stats.neurons:
+        raise GgufToolError("the stats hold no OBS costs: `gguftool calibrate --obs` solves them")
+    return stats.neurons["obs"]
+
+
 EXPERT_CRITERIA = {
     criterion.name: criterion
     for criterion in (
@@ -97,6 +103,12 @@ NEURON_CRITERIA = {
     criterion.name: criterion
     for criterion in (
         Criterion("gated-second-moment", "sum g^2 h_k^2 ||W_:k||^2", "gguftool", _gated_second_moment),
+        Criterion(
+            "obs",
+            "||W'_:k||^2 / [C^-1]_kk when k goes, cheapest first, W' refitted to C = sum g^2 h h^T",
+            "Optimal Brain Surgeon (Hassibi and Stork 1993), for the neurons of an expert: gguftool",
+            _obs,
+        ),
         Criterion("second-moment", "sum h_k^2 ||W_:k||^2", "gguftool", _second_moment),
         Criterion("projection", "sum |h_k <W_:k, f>| / ||f||", "gguftool", lambda stats: stats.neurons["proj_abs"]),
         Criterion("enp", "mean h_k <W_:k, f> / ||f||", "arXiv 2606.09885", _enp),

@@ -47,6 +47,8 @@ NEURON_SUMS: dict[str, str] = {
 }
 # Constants of the weights, so that a plan never has to read a tensor: [L, E, K].
 WEIGHT_NORMS = {"down_norm_sq": "||W_:k||^2"}
+# Solved from the K x K second moments of a layer, which are too big to keep; no sums, and not in every file: [L, E, K].
+SOLVED = {"obs": "cost of neuron k at the moment when it goes, the others refitted (see `obs`)"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class CalibrationStats:
         domains: the D calibration texts, in the order of the leading axis of `experts`.
         n_ctx: tokens in a window.
         experts: name in EXPERT_SUMS -> float64 [D, L, E].
-        neurons: name in NEURON_SUMS or WEIGHT_NORMS -> float64 [L, E, K].
+        neurons: name in NEURON_SUMS or WEIGHT_NORMS, and perhaps in SOLVED -> float64 [L, E, K].
         expert_inputs: sum of x^2 over the tokens routed to an expert, [L, E, d] (the imatrix of gate and up).
         linears: GGUF tensor name -> (sum of x^2 over all tokens, [columns]), the imatrix of every other matrix.
         linear_tokens: how many tokens those sums run over.
@@ -115,7 +117,7 @@ class CalibrationStats:
         """Stats of nothing, every expert routed alike: what a recipe can be tried on before the dear pass."""
         shape = (len(model.moe_layers), model.n_expert)
         experts = {name: np.ones((1, *shape)) for name in EXPERT_SUMS}
-        neurons = {name: np.ones((*shape, model.n_ff_exp)) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
+        neurons = {name: np.ones((*shape, model.n_ff_exp)) for name in (*NEURON_SUMS, *WEIGHT_NORMS, *SOLVED)}
         return cls(model, (Domain("blank", "", 0),), 0, experts, neurons, np.ones((*shape, model.n_embd)))
 
     def expert(self, name: str) -> Array:
@@ -128,6 +130,7 @@ class CalibrationStats:
         n_layers, n_expert, width = len(self.model.moe_layers), self.model.n_expert, self.model.n_ff_exp
         want = {name: (len(self.domains), n_layers, n_expert) for name in EXPERT_SUMS}
         want |= {name: (n_layers, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
+        want |= {name: (n_layers, n_expert, width) for name in SOLVED if name in self.neurons}
         have: dict[str, Array] = {**self.experts, **self.neurons}
         for name, shape in want.items():
             if name not in have:

@@ -27,6 +27,7 @@ ROWS = [
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"corpus", "checkpoint", "surgery", "cut", "requant"},
      {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
+    ({"obs"}, {"torch"}),
     ({"inventory", "loader", "recorders", "workdir", "random_model"}, {"numpy", "torch", "transformers", "gguf", "safetensors"}),
     ({"runtime_base"}, set()),
     ({"devices", "toolchain", "optests"}, set()),

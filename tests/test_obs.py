@@ -1,0 +1,86 @@
+"""OBS costs: by hand, against brute force, and what a plan makes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gguftool.errors import GgufToolError
+from gguftool.obs import RIDGE, eliminate
+from gguftool.planner import make_plan
+from gguftool.recipe import Recipe
+from gguftool.saliency import neuron_criterion
+from synthetic import make_stats
+
+
+def test_independent_neurons_cost_what_they_bring():
+    """C diagonal: no neuron can take over from another, and the cost is (C_kk + ridge) ||W_:k||^2."""
+    gram, down = torch.diag(torch.tensor([4.0, 1.0, 9.0])), torch.tensor([[1.0, 3.0, 0.5], [0.0, 4.0, 0.0]])
+    ridge = RIDGE * 14 / 3
+    cost = eliminate(gram, down, tokens=1000)
+    assert cost.tolist() == pytest.approx([4 + ridge, 25 * (1 + ridge), (9 + ridge) / 4])
+
+
+def test_a_copy_goes_first_and_costs_nearly_nothing():
+    """h_1 = h_0: the first of the two costs a ridge, and the one that is left then carries both columns."""
+    gram = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    down = torch.tensor([[1.0, 1.0, 1.0]])
+    cost = eliminate(gram, down, tokens=1000)
+    first, last = sorted(cost[:2].tolist())
+    assert first < 0.03 < 0.9 < cost[2].item() < 1.1
+    assert last == pytest.approx(4.0, rel=0.05)  # (1 + 1)^2: twice the column
+    assert torch.argsort(cost).tolist()[0] in (0, 1)
+
+
+def test_each_step_is_the_cheapest_and_costs_what_the_refit_loses():
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((400, 8)) @ rng.standard_normal((8, 8))
+    gram, down = h.T @ h, rng.standard_normal((5, 8))
+    damped = gram + RIDGE * np.diag(gram).mean() * np.eye(8)
+
+    def lost(kept: list[int]) -> float:
+        """The least ||(W - W')h||^2 + ridge ||W - W'||^2 over all W' that are zero outside `kept`."""
+        fit = np.zeros_like(down)
+        fit[:, kept] = np.linalg.solve(damped[np.ix_(kept, kept)], (down @ damped)[:, kept].T).T
+        return float(np.trace((down - fit) @ damped @ (down - fit).T))
+
+    cost = eliminate(torch.tensor(gram), torch.tensor(down), tokens=400).numpy()
+    order, kept = np.argsort(cost), list(range(8))
+    for step, neuron in enumerate(order):
+        steps = {k: lost([i for i in kept if i != k]) - lost(kept) for k in kept}
+        assert min(steps, key=steps.__getitem__) == neuron
+        kept.remove(int(neuron))
+        # Costs only rise: one cheaper than its predecessor counts like that.
+        assert cost[neuron] == pytest.approx(max(steps[neuron], cost[order[step - 1]] if step else 0), rel=1e-6)
+
+
+def test_blocks_keep_the_total():
+    """Wide experts lose several neurons a step; what all steps cost together is what everything is worth."""
+    rng = np.random.default_rng(1)
+    h = rng.standard_normal((2000, 300)) * rng.uniform(0.1, 2, 300)
+    gram, down = torch.tensor(h.T @ h), torch.tensor(rng.standard_normal((4, 300)))
+    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(300, dtype=torch.float64)
+    cost = eliminate(gram, down, tokens=2000)
+    assert cost.sum().item() == pytest.approx(torch.trace(down @ damped @ down.T).item(), rel=0.05)
+    assert len(cost.unique()) == 300
+
+
+def test_few_tokens_trust_the_refit_less():
+    gram = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    down = torch.tensor([[1.0, 1.5]])
+    alone = torch.tensor([1.0, 2.25])
+    full, half, none = (eliminate(gram, down, tokens) for tokens in (4, 2, 0))
+    assert torch.allclose(half, (full + alone) / 2, rtol=1e-6) and torch.allclose(none.float(), alone)
+    assert torch.equal(eliminate(torch.zeros(2, 2), down, 9), torch.zeros(2, dtype=torch.float64))
+
+
+def test_stats_without_costs_say_so():
+    stats = make_stats()
+    with pytest.raises(GgufToolError, match="calibrate --obs"):
+        neuron_criterion("obs").measure(stats)
+    stats.neurons["obs"] = np.random.default_rng(2).random(stats.neurons["h_sq"].shape)
+    plan = make_plan(stats, Recipe("global", 0.5, criterion="obs", align=8))
+    worst = np.argsort(stats.neurons["obs"][0, 0])
+    kept = plan.layers[0].retained[0]
+    assert not set(kept) & set(worst[: 64 - len(kept)])
