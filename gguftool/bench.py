@@ -233,7 +233,9 @@ def measure(
     ratios = {}
     for kind in _WORK:
         ratios[f"split_{kind}"] = _ratio(seconds("stock", kind) / seconds("split", kind))
-        ratios[f"control_{kind}"] = _ratio(np.array([np.divide(*run.seconds["stock"][kind]) for run in found]))
+        ratios[f"control_{kind}"] = _ratio(
+            np.array([one / other for run in found for one, other in [run.seconds["stock"][kind]]])
+        )
         if plain is not None:
             ratios[f"patched_{kind}"] = _ratio(seconds("unpatched", kind) / seconds("stock", kind))
     speedups = {kind: _ratio(seconds("stock", kind) / seconds("pruned", kind)) for kind in _WORK}
