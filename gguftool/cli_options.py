@@ -61,6 +61,10 @@ recipe_options = combined(
     ),
     click.option("--whole", type=float, help="TENP: share of experts kept whole."),
     click.option("--depth", default="1:2", show_default=True, help="TENP: weight of the first and of the last layer."),
+    click.option(
+        "--calibration", default="task", show_default=True, type=click.Choice(["task", "general"]),
+        help="family: what the calibration texts are; it picks the criterion.",
+    ),
     click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
     click.option("--seed", default=0, show_default=True, help="Of the random controls."),
 )  # fmt: skip

@@ -6,14 +6,22 @@ A method takes the stats and a recipe and returns what stays; `planner.make_plan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .errors import GgufToolError
 from .plan import LayerPlan, Neurons
 from .recipe import Recipe
-from .saliency import EXPERT_CRITERIA, Criterion, expert_criterion, lookup, neuron_criterion, super_experts
+from .saliency import (
+    EXPERT_CRITERIA,
+    FAMILY_PAPER,
+    Criterion,
+    expert_criterion,
+    lookup,
+    neuron_criterion,
+    super_experts,
+)
 from .stats import Array, CalibrationStats
 from .tiers import Budget, Ints, allocate, value_curves, width_grid
 
@@ -29,13 +37,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class Method:
-    """A named method. `stock` says that its plans always fit the stock layout."""
+    """A named method.
+
+    Attributes:
+        stock: its plans always fit the stock layout.
+        refitted: its plans are made for weights that are refitted, and are no good without.
+    """
 
     name: str
     summary: str
     source: str
     stock: bool
     decide: Callable[[CalibrationStats, Recipe, int], Decision]
+    refitted: bool = False
 
 
 def drop_experts(
@@ -84,6 +98,20 @@ def _drop_by(name: str) -> Callable[[CalibrationStats, Recipe, int], Decision]:
     return decide
 
 
+# What the calibration texts are, to the criterion that fits them: with texts of one task, how often an expert is chosen is
+# what counts; with texts of all kinds it says more of the texts than of the expert (arXiv 2606.15716).
+PRINCIPLE = {"task": "gated-sum", "general": "man"}
+
+
+def _family(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
+    """Whole experts by the criterion that the paper's principle picks for the calibration data."""
+    decision = _drop_by(PRINCIPLE[recipe.calibration])(stats, recipe, align)
+    picked = (
+        f"calibration data are {recipe.calibration}: {PRINCIPLE[recipe.calibration]} is the criterion ({FAMILY_PAPER})"
+    )
+    return replace(decision, notes=(picked, *decision.notes))
+
+
 def _inverted(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
     criterion = expert_criterion(recipe.criterion or "gated-sum")
     layers, _ = drop_experts(stats, -criterion.measure(stats), Recipe("inverted", recipe.ratio, guard=False))
@@ -101,6 +129,14 @@ def _global(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
     """One budget of slices over all experts and layers; the shape over depth is found, not assumed."""
     criterion = neuron_criterion(recipe.criterion or "gated-second-moment")
     return _slices(stats, recipe, align, criterion.measure(stats), describe(criterion))
+
+
+def _auto(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
+    """Global slices by OBS costs, for refitted weights: the best of what was measured, on every text and at every ratio."""
+    if "obs" in stats.neurons:
+        return _global(stats, replace(recipe, criterion=recipe.criterion or "obs"), align)
+    decision = _global(stats, recipe, align)
+    return replace(decision, notes=("the stats hold no OBS costs, so second moments decide", *decision.notes))
 
 
 def _random_slices(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
@@ -229,11 +265,17 @@ def _drop_method(name: str) -> Method:
 METHODS = {
     method.name: method
     for method in (
+        Method(
+            "auto", "global slices by OBS costs, refitted: the best measured", "gguftool", False, _auto, refitted=True
+        ),
         Method("global", "one budget of neuron slices over all experts and layers", "gguftool", False, _global),
         Method(
             "tenp", "important experts whole, ENP on the rest, trapezoid over depth", "arXiv 2606.09885", False, _tenp
         ),
         Method("enp", "every expert equally narrow, neurons by ENP", "arXiv 2606.09885", True, _enp),
+        Method(
+            "family", "drop whole experts by the criterion that fits the calibration data", FAMILY_PAPER, True, _family
+        ),
         *(_drop_method(name) for name in EXPERT_CRITERIA if name != "tenp-importance"),
         Method("random", "control: drop whole experts at random", "control", True, _random),
         Method("inverted", "control: drop the best whole experts", "control", True, _inverted),
@@ -256,5 +298,9 @@ def check_options(recipe: Recipe) -> None:
         for name in ("whole", "depth"):
             if getattr(recipe, name) != Recipe.__dataclass_fields__[name].default:
                 raise GgufToolError(f"--{name} is only for tenp, not for {recipe.method}")
+    if recipe.method != "family" and recipe.calibration != "task":
+        raise GgufToolError(f"--calibration picks the criterion of family; {recipe.method} has its own")
+    if recipe.method == "family" and recipe.criterion is not None:
+        raise GgufToolError("--criterion: family picks its own by --calibration; to name one, take it as the method")
     if recipe.criterion is not None and recipe.method in ("random", "random-slices"):
         raise GgufToolError(f"--criterion: {recipe.method} takes none")

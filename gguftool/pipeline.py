@@ -27,6 +27,7 @@ from .evaluate import Comparison, compare_many
 from .forward import Windows
 from .gguf_file import Progress
 from .inventory import model_facts
+from .methods import method
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .quantize import QuantizeTool, quantize
@@ -185,6 +186,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     """
     stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
+    refit = refit or method(recipe.method).refitted
     percent = round(100 * recipe.ratio)
     stem = f"{stats.model.name}-{recipe.method.upper().replace(',', '_')}{percent}"
     if plan.recipe.align != DEFAULT_ALIGN:

@@ -8,6 +8,7 @@ from math import isfinite
 from .errors import GgufToolError
 
 LAYOUTS = ("auto", "stock")
+CALIBRATIONS = ("task", "general")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Recipe:
         criterion: overrides the method's criterion (an expert or a neuron criterion, by the method).
         whole: TENP's alpha, share of experts kept whole; None takes min(0.3, half of what is kept).
         depth: TENP's weights of the first and the last layer for whole experts.
+        calibration: what the calibration texts are, "task" or "general": picks the criterion of the method `family`.
         guard: protect super experts from whole-expert drops.
         seed: of the random controls.
         imatrix: `quantize` will be given the stats, on which some targets' types depend.
@@ -38,6 +40,7 @@ class Recipe:
     criterion: str | None = None
     whole: float | None = None
     depth: tuple[float, float] = (1.0, 2.0)
+    calibration: str = "task"
     guard: bool = True
     seed: int = 0
     imatrix: bool = True
@@ -55,6 +58,8 @@ class Recipe:
             raise GgufToolError(f"--align {self.align} is less than 1")
         if self.layout not in LAYOUTS:
             raise GgufToolError(f"--layout {self.layout!r} is not one of {', '.join(LAYOUTS)}")
+        if self.calibration not in CALIBRATIONS:
+            raise GgufToolError(f"--calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}")
         if not all(map(isfinite, self.depth)) or min(self.depth) < 0 or max(self.depth) <= 0:
             raise GgufToolError(
                 f"--depth {self.depth[0]}:{self.depth[1]} needs finite weights of 0 or more, one above 0"

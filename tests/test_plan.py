@@ -30,6 +30,28 @@ def test_every_method_makes_a_plan_that_survives_the_disk(name, ratio, tmp_path)
     assert plan.encoded_bytes < plan.tensor_bytes
 
 
+def test_auto_is_global_by_obs_costs_where_there_are_any():
+    stats = make_stats()
+    plain = make_plan(stats, Recipe("auto", 0.4, align=8))
+    assert plain.kept_hash == make_plan(stats, Recipe("global", 0.4, align=8)).kept_hash
+    assert any("no OBS costs" in note for note in plain.notes) and any("gguftool refit" in note for note in plain.notes)
+    stats.neurons["obs"] = np.random.default_rng(3).random(stats.neurons["h_sq"].shape)
+    costs = make_plan(stats, Recipe("auto", 0.4, align=8))
+    assert costs.kept_hash == make_plan(stats, Recipe("global", 0.4, criterion="obs", align=8)).kept_hash
+    assert costs.kept_hash != plain.kept_hash and costs.formula.startswith("obs")
+
+
+def test_the_calibration_data_pick_the_familys_criterion():
+    stats = make_stats()
+    for data, name in (("task", "gated-sum"), ("general", "man")):
+        plan = make_plan(stats, Recipe("family", 0.25, calibration=data))
+        assert plan.kept_hash == make_plan(stats, Recipe(name, 0.25)).kept_hash
+        assert any(f"calibration data are {data}: {name}" in note for note in plan.notes)
+    assert make_plan(stats, Recipe("gated-sum", 0.25)).kept_hash != make_plan(stats, Recipe("man", 0.25)).kept_hash
+    with pytest.raises(GgufToolError, match="--calibration 'code' is not one of task, general"):
+        Recipe("family", 0.25, calibration="code")
+
+
 def test_coarse_steps_are_said():
     plan = make_plan(make_stats(), Recipe("enp", 0.25, align=32))
     assert plan.kept_share == 1.0 and any("0.0 % of routed-expert parameters go, not 25.0 %" in n for n in plan.notes)
@@ -173,6 +195,8 @@ def test_unrouted_experts_are_named():
         (dict(method="random-slices", ratio=0.4, criterion="enp"), "random-slices takes none"),
         (dict(method="global", ratio=0.4, whole=0.1), "--whole is only for tenp"),
         (dict(method="enp", ratio=0.4, depth=(1.0, 3.0)), "--depth is only for tenp"),
+        (dict(method="reap", ratio=0.4, calibration="general"), "--calibration picks the criterion of family"),
+        (dict(method="family", ratio=0.4, criterion="man"), "--criterion: family picks its own"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_numbers(recipe, message):
