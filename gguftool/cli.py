@@ -215,16 +215,16 @@ def plan(
 @cli.command()
 @click.argument("base", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan to carry out.")
-@click.option("--refit", "refit_path", type=FILE, help="Refitted weights, as `gguftool refit` makes them.")
+@click.option("--weights", type=FILE, help="New weights of the experts that stay, as `gguftool refit` makes them.")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
 @force_option
 @output_options
 def prune(
-    base: Path, plan_path: Path, refit_path: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
+    base: Path, plan_path: Path, weights: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
     """Write a plan's GGUF, a tensor at a time."""
-    from .down_weights import DownWeights
+    from .overrides import Overrides
     from .plan import PrunePlan
     from .report import types_table
     from .runtime import find
@@ -235,12 +235,12 @@ def prune(
     with terminal.progress() as progress:
         report = run(
             base, PrunePlan.load(plan_path), out, ggml=found.ggml if found else None,
-            refit=DownWeights.load(refit_path) if refit_path else None, force=force, dry_run=dry_run, progress=progress,
+            overrides=Overrides.load(weights) if weights else None, force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     for note in report.notes:
         terminal.say(f"note: {note}")
     if report.requantized:
-        terminal.say(f"note: the columns of {len(report.requantized)} quantized down tensors were quantized anew")
+        terminal.say(f"note: something in {len(report.requantized)} quantized tensors was quantized anew")
     facts = {
         "path": str(out), "written": not dry_run, "layout": report.layout, "bytes": report.file_bytes,
         "tensors": [vars(spec) | {"bytes": spec.nbytes} for spec in report.tensors], "requantized": report.requantized,
@@ -254,7 +254,7 @@ def prune(
 @click.argument("model", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan whose experts to refit.")
 @data_option
-@click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --refit`.")
+@click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --weights`.")
 @n_ctx_option
 @windows_option
 @device_option

@@ -21,12 +21,12 @@ from .calibrate import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, read_text
-from .down_weights import DownWeights
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .forward import Windows
 from .gguf_file import Progress
 from .inventory import model_facts
+from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .quantize import QuantizeTool, quantize
@@ -196,12 +196,12 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     weights = None
     if refit and any(0 < width < plan.n_ff_exp for layer in plan.layers for width in layer.widths):
         path = work.step(f"{stem}.refit.safetensors", kept, lambda path: _refit(job, work, source, plan, path))
-        weights = DownWeights.load(path)
+        weights = Overrides.load(path)
         stem, label = f"{stem}R", f"{label} + refit"
     pruned = work.step(
         f"{stem}-{_base_encoding(stats)}.gguf",
         kept,
-        lambda path: prune(base, plan, path, ggml=job.runtime.ggml, refit=weights, progress=job.progress),
+        lambda path: prune(base, plan, path, ggml=job.runtime.ggml, overrides=weights, progress=job.progress),
     )
     if target is None:
         return Built(label, plan, _base_encoding(stats), pruned)

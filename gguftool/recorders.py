@@ -173,10 +173,10 @@ class GramRecorder:
 
     @torch.no_grad()
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Expert -> its refitted down columns, float32 [d, w]."""
+        """`<expert>.down` -> the refitted down columns, float32 [d, w]."""
         down = self.module.get_parameter("down_proj")
         return {
-            str(expert): self.solve(down[expert], self.grams[expert], neurons, self.counts[expert])
+            f"{expert}.down": self.solve(down[expert], self.grams[expert], neurons, self.counts[expert])
             .float()
             .cpu()
             .numpy()

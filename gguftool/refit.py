@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .down_weights import DownWeights
 from .errors import GgufToolError
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
+from .overrides import Key, Origin, Overrides
 from .plan import Neurons, PrunePlan
 from .recorders import GramRecorder
 from .stats import Domain
@@ -38,10 +38,10 @@ def refit(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
-) -> DownWeights:
+) -> Overrides:
     """The refitted down columns of every expert that `plan` narrows. Resumable, as `calibrate` is.
 
-    They lie in `work_dir` until they are saved; `DownWeights.save` removes it.
+    They lie in `work_dir` until they are saved; `Overrides.save` removes it.
 
     Raises:
         GgufToolError: the plan is for another checkpoint, or narrows no expert.
@@ -59,12 +59,13 @@ def refit(
     key = identity(checkpoint, domains, dtype, dtype) | {"refit": plan.kept_hash, "ridge": RIDGE}
     work = WorkDir(work_dir, key, run.shape, dtype)
     run.run(work)
-    places = {
-        (layer, expert): (work.sums_path(layer), str(expert))
+    places: dict[Key, tuple[Path, str]] = {
+        (layer, expert, "down"): (work.sums_path(layer), f"{expert}.down")
         for layer, experts in narrowed.items()
         for expert in experts
     }
-    return DownWeights(plan.kept_hash, tuple(asdict(domain) for domain, _ in domains), places, work.remove)
+    origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains))
+    return Overrides(origin, places, work.remove)
 
 
 def narrowed_experts(plan: PrunePlan, index: int) -> dict[int, Neurons]:

@@ -20,9 +20,9 @@ PACKAGE = Path(__file__).parent.parent / "gguftool"
 ROWS = [
     ({"__init__", "errors"}, set()),
     ({"architectures", "tensors"}, set()),
-    ({"recipe", "stats", "down_weights"}, {"numpy", "safetensors"}),
+    ({"recipe", "stats"}, {"numpy", "safetensors"}),
     ({"saliency", "plan", "tiers", "encoding"}, {"numpy"}),
-    ({"methods", "layout"}, {"numpy"}),
+    ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"corpus", "checkpoint", "surgery", "cut", "requant"},
