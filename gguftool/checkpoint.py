@@ -103,6 +103,22 @@ class Checkpoint:
         """Neurons of one expert."""
         return self._size(self.architecture.width_key)
 
+    @property
+    def n_group(self) -> int:
+        """Equal groups of neighbouring experts that the router picks from; 1 for a router without groups."""
+        return self._groups("n_group")
+
+    @property
+    def n_group_used(self) -> int:
+        """Groups that a token's experts may come from."""
+        return self._groups("topk_group")
+
+    @property
+    def norm_topk(self) -> bool:
+        """Whether the router's weights of a token's experts are made to add up to 1."""
+        row = self.architecture.norm_topk
+        return bool(getattr(self.config, "norm_topk_prob", False)) if row is None else row
+
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Decoder indices of the layers that have routed experts."""
@@ -115,6 +131,9 @@ class Checkpoint:
         if not isinstance(value, int) or value < 1:
             raise GgufToolError(f"{self.path}: config.json gives {key} = {value!r}, not a count")
         return value
+
+    def _groups(self, key: str) -> int:
+        return self._size(key) if getattr(self.config, key, None) is not None else 1
 
     def layer_name(self, layer: int, suffix: str) -> str:
         """The checkpoint's name of a module path or parameter inside a decoder layer, for example `mlp.gate.weight`."""
