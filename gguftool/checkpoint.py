@@ -184,6 +184,16 @@ class Checkpoint:
             return [self._stored(name) for name in names]
         return [source.tensor for leaf in EXPERT_PARAMETERS for source in self.expert_sources(layer, leaf)]
 
+    def expert(self, layer: int, expert: int) -> dict[Projection, Tensor]:
+        """One expert's matrices in the checkpoint's own type, mapped: gate and up [K, d], down [d, K]."""
+        if self.is_stacked(layer):
+            names = [self.layer_name(layer, f"{self.architecture.experts}.{leaf}") for leaf in EXPERT_PARAMETERS]
+            gate_up, down = (self.read(name)[expert] for name in names)
+            gate, up = gate_up.chunk(2)
+            return {"gate": gate, "up": up, "down": down}
+        projections: tuple[Projection, ...] = ("gate", "up", "down")
+        return {role: self.read(self._stored(self._expert_name(layer, expert, role)).name) for role in projections}
+
     def _stored(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise GgufToolError(f"{self.path}: the checkpoint lacks tensor {name}")

@@ -215,7 +215,7 @@ def plan(
 @cli.command()
 @click.argument("base", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan to carry out.")
-@click.option("--weights", type=FILE, help="New weights of the experts that stay, as `gguftool refit` makes them.")
+@click.option("--weights", type=FILE, help="New weights of the experts that stay, by `refit` or `dern`.")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
 @force_option
@@ -281,6 +281,44 @@ def refit(
     count = len(made)
     made.save(out)
     terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, required=True, help="Plan of the method dern.")
+@click.option("-o", "out", type=FILE, required=True, help="Weights to write, for `prune --weights`.")
+@click.option(
+    "--threshold", default=0.5, show_default=True, help="Cosine above which a neuron of a dropped expert is taken in."
+)
+@click.option(
+    "--match", default="gate-up-down", show_default=True, type=click.Choice(["gate-up-down", "up-down"]),
+    help="What of a neuron is compared.",
+)  # fmt: skip
+@device_option
+@force_option
+@output_options
+def dern(
+    model: Path, plan_path: Path, out: Path, threshold: float, match: str, device: str, force: bool, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Merge the neurons of dropped experts into the experts that stay, from the weights alone (arXiv 2509.10377)."""
+    from .checkpoint import open_checkpoint
+    from .dern import dern as run
+    from .gguf_file import check_output
+    from .plan import PrunePlan
+
+    check_output(out, force, plan_path)
+    terminal = make_terminal(as_json, quiet)
+    checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
+    with terminal.progress() as progress:
+        made = run(checkpoint, plan, out, threshold=threshold, match=match, device=device, progress=progress)
+    facts = {"path": str(out), "threshold": threshold, "match": match, "layers": [vars(moved) for moved in made.layers]}
+    lines = [
+        f"layer {moved.layer}: {moved.found} of {moved.dropped} neurons of dropped experts found a home, in "
+        f"{moved.experts} experts"
+        for moved in made.layers
+    ]
+    terminal.show(facts, *lines, f"{out}: {len(made.weights.experts)} experts recombined")
 
 
 @cli.command()

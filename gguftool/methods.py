@@ -6,7 +6,7 @@ A method takes the stats and a recipe and returns what stays; `planner.make_plan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -106,6 +106,30 @@ def _drop_by(name: str) -> Callable[[CalibrationStats, Recipe, int], Decision]:
         return Decision(layers, describe(criterion), notes)
 
     return decide
+
+
+def _dern(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
+    """Step 1 of DERN (arXiv 2509.10377): r_e = mean over the tokens of 1[e chosen] x its normalised weight.
+
+    The stats have the sum of the weights as the model applies them. Where it makes them add up to 1 that is the paper's
+    sum; elsewhere r is taken of the weights as applied, and the plan says so: it is these that scale an expert's output.
+    """
+    criterion = expert_criterion(recipe.criterion or "seer")
+    layers, notes = drop_experts(stats, criterion.measure(stats), recipe)
+    importance = stats.expert("gate") / max(1, stats.tokens)
+    layers = tuple(
+        replace(layer, importance=tuple(map(float, row))) for layer, row in zip(layers, importance, strict=True)
+    )
+    formula = "r = mean over all tokens of the weight of e, 0 where it is not chosen (arXiv 2509.10377)"
+    if recipe.criterion:
+        formula = f"kept by {describe(criterion)}, merged by {formula}"
+    if not stats.model.norm_topk:
+        known = "does not make" if stats.model.norm_topk is False else "may not make"
+        notes = (
+            *notes,
+            f"the model {known} a token's weights add up to 1; r is taken of the weights as they are applied",
+        )
+    return Decision(layers, formula, notes)
 
 
 def _inverted(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
@@ -259,6 +283,13 @@ METHODS = {
         ),
         Method("enp", "every expert equally narrow, neurons by ENP", "arXiv 2606.09885", True, _enp),
         *(_drop_method(name) for name in EXPERT_CRITERIA if name != "tenp-importance"),
+        Method(
+            "dern",
+            "drop whole experts by mean gate; `gguftool dern` merges their neurons into the rest",
+            "arXiv 2509.10377",
+            True,
+            _dern,
+        ),
         Method("random", "control: drop whole experts at random", "control", True, _random),
         Method("inverted", "control: drop the best whole experts", "control", True, _inverted),
         Method("random-slices", "control: one budget of slices at random", "control", False, _random_slices),

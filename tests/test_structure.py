@@ -36,7 +36,7 @@ ROWS = [
     ({"forward"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
     ({"perplexity"}, {"numpy", "llama_cpp"}),
-    ({"calibrate", "refit", "writer", "expand", "quantize", "convert", "evaluate", "inspection"},
+    ({"calibrate", "refit", "dern", "writer", "expand", "quantize", "convert", "evaluate", "inspection"},
      {"numpy", "torch", "transformers", "gguf", "llama_cpp"}),
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
     ({"crosscheck", "selftest", "selftest_worker"}, {"numpy"}),
