@@ -264,7 +264,10 @@ def refit(
     model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str,
     force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Let the neurons that stay take over from those that go: one more pass, least squares on the down projection."""
+    """Let what stays take over from what goes: one more pass, least squares on the down projection.
+
+    After a drop of whole experts it takes back how much the weights of a router without renormalisation grow.
+    """
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output

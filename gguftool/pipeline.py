@@ -32,6 +32,7 @@ from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
+from .refit import can_refit
 from .refit import refit as refit_weights
 from .report import Report, Row
 from .runtime import Runtime
@@ -197,7 +198,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     work.step(f"{stem}{f'-{target}' if target else ''}.plan.json", inputs, plan.save)
     kept: dict[str, Any] = {"kept": plan.kept_hash, "stats": inputs["stats"], "base": inputs["base"], "refit": refit}
     weights = None
-    if refit and any(0 < width < plan.n_ff_exp for layer in plan.layers for width in layer.widths):
+    if refit and can_refit(source.checkpoint, plan):
         path = work.step(f"{stem}.refit.safetensors", kept, lambda path: _refit(job, work, source, plan, path))
         weights = Overrides.load(path)
         stem, label = f"{stem}R", f"{label} + refit"

@@ -25,7 +25,7 @@ ROWS = [
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
-    ({"corpus", "checkpoint", "surgery", "cut", "requant"},
+    ({"corpus", "checkpoint", "surgery", "cut", "requant", "router_fix"},
      {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
     ({"inventory", "loader", "recorders", "workdir", "random_model"}, {"numpy", "torch", "transformers", "gguf", "safetensors"}),
     ({"runtime_base"}, set()),
