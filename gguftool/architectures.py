@@ -28,6 +28,8 @@ class Architecture:
         width_key: config.json's key for the neurons of one expert.
         count_key: config.json's key for the number of routed experts.
         top_k_key: config.json's key for the experts used by a token.
+        norm_topk: whether the weights of a token's experts are made to add up to 1; None where config.json's
+            `norm_topk_prob` says so.
         reference: a public checkpoint of this family, for whoever wants to check the row.
     """
 
@@ -44,6 +46,7 @@ class Architecture:
     width_key: str = "moe_intermediate_size"
     count_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
+    norm_topk: bool | None = None
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -60,6 +63,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         down="w2",
         width_key="intermediate_size",
         count_key="num_local_experts",
+        norm_topk=True,
     ),
 )
 

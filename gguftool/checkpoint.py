@@ -103,6 +103,22 @@ class Checkpoint:
         """Neurons of one expert."""
         return self._size(self.architecture.width_key)
 
+    @property
+    def n_group(self) -> int:
+        """Equal groups of neighbouring experts that the router picks from; 1 for a router without groups."""
+        return self._groups("n_group")
+
+    @property
+    def n_group_used(self) -> int:
+        """Groups that a token's experts may come from."""
+        return self._groups("topk_group")
+
+    @property
+    def norm_topk(self) -> bool:
+        """Whether the router's weights of a token's experts are made to add up to 1."""
+        row = self.architecture.norm_topk
+        return bool(getattr(self.config, "norm_topk_prob", False)) if row is None else row
+
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Decoder indices of the layers that have routed experts."""
@@ -115,6 +131,9 @@ class Checkpoint:
         if not isinstance(value, int) or value < 1:
             raise GgufToolError(f"{self.path}: config.json gives {key} = {value!r}, not a count")
         return value
+
+    def _groups(self, key: str) -> int:
+        return self._size(key) if getattr(self.config, key, None) is not None else 1
 
     def layer_name(self, layer: int, suffix: str) -> str:
         """The checkpoint's name of a module path or parameter inside a decoder layer, for example `mlp.gate.weight`."""
@@ -164,6 +183,16 @@ class Checkpoint:
             names = [self.layer_name(layer, f"{self.architecture.experts}.{leaf}") for leaf in EXPERT_PARAMETERS]
             return [self._stored(name) for name in names]
         return [source.tensor for leaf in EXPERT_PARAMETERS for source in self.expert_sources(layer, leaf)]
+
+    def expert(self, layer: int, expert: int) -> dict[Projection, Tensor]:
+        """One expert's matrices in the checkpoint's own type, mapped: gate and up [K, d], down [d, K]."""
+        if self.is_stacked(layer):
+            names = [self.layer_name(layer, f"{self.architecture.experts}.{leaf}") for leaf in EXPERT_PARAMETERS]
+            gate_up, down = (self.read(name)[expert] for name in names)
+            gate, up = gate_up.chunk(2)
+            return {"gate": gate, "up": up, "down": down}
+        projections: tuple[Projection, ...] = ("gate", "up", "down")
+        return {role: self.read(self._stored(self._expert_name(layer, expert, role)).name) for role in projections}
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self.tensors:

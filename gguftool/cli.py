@@ -215,16 +215,16 @@ def plan(
 @cli.command()
 @click.argument("base", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan to carry out.")
-@click.option("--refit", "refit_path", type=FILE, help="Refitted weights, as `gguftool refit` makes them.")
+@click.option("--weights", type=FILE, help="New weights of the experts that stay, by `refit` or `dern`.")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
 @force_option
 @output_options
 def prune(
-    base: Path, plan_path: Path, refit_path: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
+    base: Path, plan_path: Path, weights: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
     """Write a plan's GGUF, a tensor at a time."""
-    from .down_weights import DownWeights
+    from .overrides import Overrides
     from .plan import PrunePlan
     from .report import types_table
     from .runtime import find
@@ -235,12 +235,12 @@ def prune(
     with terminal.progress() as progress:
         report = run(
             base, PrunePlan.load(plan_path), out, ggml=found.ggml if found else None,
-            refit=DownWeights.load(refit_path) if refit_path else None, force=force, dry_run=dry_run, progress=progress,
+            overrides=Overrides.load(weights) if weights else None, force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     for note in report.notes:
         terminal.say(f"note: {note}")
     if report.requantized:
-        terminal.say(f"note: the columns of {len(report.requantized)} quantized down tensors were quantized anew")
+        terminal.say(f"note: something in {len(report.requantized)} quantized tensors was quantized anew")
     facts = {
         "path": str(out), "written": not dry_run, "layout": report.layout, "bytes": report.file_bytes,
         "tensors": [vars(spec) | {"bytes": spec.nbytes} for spec in report.tensors], "requantized": report.requantized,
@@ -254,7 +254,7 @@ def prune(
 @click.argument("model", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan whose experts to refit.")
 @data_option
-@click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --refit`.")
+@click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --weights`.")
 @n_ctx_option
 @windows_option
 @device_option
@@ -264,7 +264,10 @@ def refit(
     model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str,
     force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Let the neurons that stay take over from those that go: one more pass, least squares on the down projection."""
+    """Let what stays take over from what goes: one more pass, least squares on the down projection.
+
+    After a drop of whole experts it takes back how much the weights of a router without renormalisation grow.
+    """
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output
@@ -281,6 +284,44 @@ def refit(
     count = len(made)
     made.save(out)
     terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, required=True, help="Plan of the method dern.")
+@click.option("-o", "out", type=FILE, required=True, help="Weights to write, for `prune --weights`.")
+@click.option(
+    "--threshold", default=0.5, show_default=True, help="Cosine above which a neuron of a dropped expert is taken in."
+)
+@click.option(
+    "--match", default="gate-up-down", show_default=True, type=click.Choice(["gate-up-down", "up-down"]),
+    help="What of a neuron is compared.",
+)  # fmt: skip
+@device_option
+@force_option
+@output_options
+def dern(
+    model: Path, plan_path: Path, out: Path, threshold: float, match: str, device: str, force: bool, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Merge the neurons of dropped experts into the experts that stay, from the weights alone (arXiv 2509.10377)."""
+    from .checkpoint import open_checkpoint
+    from .dern import dern as run
+    from .gguf_file import check_output
+    from .plan import PrunePlan
+
+    check_output(out, force, plan_path)
+    terminal = make_terminal(as_json, quiet)
+    checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
+    with terminal.progress() as progress:
+        made = run(checkpoint, plan, out, threshold=threshold, match=match, device=device, progress=progress)
+    facts = {"path": str(out), "threshold": threshold, "match": match, "layers": [vars(moved) for moved in made.layers]}
+    lines = [
+        f"layer {moved.layer}: {moved.found} of {moved.dropped} neurons of dropped experts found a home, in "
+        f"{moved.experts} experts"
+        for moved in made.layers
+    ]
+    terminal.show(facts, *lines, f"{out}: {len(made.weights.experts)} experts recombined")
 
 
 @cli.command()

@@ -66,6 +66,7 @@ class Inspection:
             "ratio": file.value(f"{cut.KEY}ratio", 0.0),
             "base": file.value(f"{cut.KEY}base.name", None),
             "kept_hash": file.value(f"{cut.KEY}kept_hash", None),
+            "weights": file.value(f"{cut.KEY}weights", None),
             "layers": [layer.as_dict() for layer in self.layers],
         }
 

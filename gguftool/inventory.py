@@ -87,6 +87,9 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         n_embd=checkpoint.n_embd,
         n_vocab=checkpoint.n_vocab,
         tensors=gguf_tensors(checkpoint),
+        n_group=checkpoint.n_group,
+        n_group_used=checkpoint.n_group_used,
+        norm_topk=checkpoint.norm_topk,
     )
 
 

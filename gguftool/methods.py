@@ -22,7 +22,7 @@ from .saliency import (
     neuron_criterion,
     super_experts,
 )
-from .stats import Array, CalibrationStats
+from .stats import Array, CalibrationStats, ModelFacts
 from .tiers import Budget, Ints, allocate, value_curves, width_grid
 
 
@@ -57,36 +57,60 @@ def drop_experts(
 ) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
     """Drops the same number of experts in every layer, those of least saliency; the router loses their rows.
 
+    Where the router picks from groups of experts, every group loses the same number: it tells them by their size.
+
     Args:
         saliency: [L, E], larger stays.
 
     Returns:
-        The layers and notes. The share that goes is rounded to whole experts.
+        The layers and notes. The share that goes is rounded to whole experts (of every group).
 
     Raises:
         GgufToolError: fewer experts than the router's top-k would remain.
     """
     facts = stats.model
-    keep = facts.n_expert - round(recipe.ratio * facts.n_expert)
-    if keep < facts.n_expert_used:
-        raise GgufToolError(
-            f"{keep} of {facts.n_expert} experts would remain in each layer but {facts.n_expert_used} are routed per "
-            f"token; keep at least {facts.n_expert_used} or lower --ratio"
-        )
+    size = facts.n_expert // facts.n_group
+    keep = _experts_to_keep(facts, recipe.ratio)
     notes = []
     protected = set(super_experts(stats)) if recipe.guard else set()
     whole = np.arange(facts.n_ff_exp, dtype=np.int64)
     layers = []
     for row, index in enumerate(facts.moe_layers):
-        order = np.argsort(-saliency[row], kind="stable")
-        stays = set(order[:keep].tolist())
-        for expert in (e for layer, e in sorted(protected) if layer == row and e not in stays):
-            last = next((e for e in order[:keep][::-1].tolist() if (row, e) not in protected and e in stays), None)
-            if last is not None:
-                stays = stays - {last} | {expert}
-                notes.append(f"layer {index}: super expert {expert} is protected, expert {last} goes instead")
+        order = np.argsort(-saliency[row], kind="stable").tolist()
+        stays: set[int] = set()
+        for group in range(facts.n_group):
+            best = [e for e in order if e // size == group][: keep // facts.n_group]
+            stays |= set(best)
+            for expert in (
+                e for layer, e in sorted(protected) if layer == row and e // size == group and e not in stays
+            ):
+                last = next((e for e in reversed(best) if (row, e) not in protected and e in stays), None)
+                if last is not None:
+                    stays = stays - {last} | {expert}
+                    notes.append(f"layer {index}: super expert {expert} is protected, expert {last} goes instead")
         layers.append(LayerPlan(index, tuple(sorted(stays)), (whole,) * keep))
     return tuple(layers), tuple(notes)
+
+
+def _experts_to_keep(facts: ModelFacts, ratio: float) -> int:
+    """How many experts of a layer stay, the same number of every group. Raises GgufToolError for too few."""
+    if facts.n_expert % facts.n_group:
+        raise GgufToolError(f"{facts.n_expert} experts do not divide into the router's {facts.n_group} groups")
+    size = facts.n_expert // facts.n_group
+    each = size - round(ratio * size)
+    keep, within = each * facts.n_group, each * facts.n_group_used
+    if keep < facts.n_expert_used:
+        raise GgufToolError(
+            f"{keep} of {facts.n_expert} experts would remain in each layer but {facts.n_expert_used} are routed per "
+            f"token; keep at least {facts.n_expert_used} or lower --ratio"
+        )
+    if within < facts.n_expert_used or (facts.n_group > 1 and each < 2):
+        raise GgufToolError(
+            f"{each} of {size} experts would remain in each of the router's {facts.n_group} groups, but "
+            f"{facts.n_expert_used} are routed per token, from {facts.n_group_used} groups, and a group is rated by two "
+            "of its experts; lower --ratio"
+        )
+    return keep
 
 
 def _drop_by(name: str) -> Callable[[CalibrationStats, Recipe, int], Decision]:
@@ -110,6 +134,30 @@ def _family(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
         f"calibration data are {recipe.calibration}: {PRINCIPLE[recipe.calibration]} is the criterion ({FAMILY_PAPER})"
     )
     return replace(decision, notes=(picked, *decision.notes))
+
+
+def _dern(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
+    """Step 1 of DERN (arXiv 2509.10377): r_e = mean over the tokens of 1[e chosen] x its normalised weight.
+
+    The stats have the sum of the weights as the model applies them. Where it makes them add up to 1 that is the paper's
+    sum; elsewhere r is taken of the weights as applied, and the plan says so: it is these that scale an expert's output.
+    """
+    criterion = expert_criterion(recipe.criterion or "seer")
+    layers, notes = drop_experts(stats, criterion.measure(stats), recipe)
+    importance = stats.expert("gate") / max(1, stats.tokens)
+    layers = tuple(
+        replace(layer, importance=tuple(map(float, row))) for layer, row in zip(layers, importance, strict=True)
+    )
+    formula = "r = mean over all tokens of the weight of e, 0 where it is not chosen (arXiv 2509.10377)"
+    if recipe.criterion:
+        formula = f"kept by {describe(criterion)}, merged by {formula}"
+    if not stats.model.norm_topk:
+        known = "does not make" if stats.model.norm_topk is False else "may not make"
+        notes = (
+            *notes,
+            f"the model {known} a token's weights add up to 1; r is taken of the weights as they are applied",
+        )
+    return Decision(layers, formula, notes)
 
 
 def _inverted(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
@@ -277,6 +325,13 @@ METHODS = {
             "family", "drop whole experts by the criterion that fits the calibration data", FAMILY_PAPER, True, _family
         ),
         *(_drop_method(name) for name in EXPERT_CRITERIA if name != "tenp-importance"),
+        Method(
+            "dern",
+            "drop whole experts by mean gate; `gguftool dern` merges their neurons into the rest",
+            "arXiv 2509.10377",
+            True,
+            _dern,
+        ),
         Method("random", "control: drop whole experts at random", "control", True, _random),
         Method("inverted", "control: drop the best whole experts", "control", True, _inverted),
         Method("random-slices", "control: one budget of slices at random", "control", False, _random_slices),

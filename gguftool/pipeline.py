@@ -21,17 +21,19 @@ from .calibrate import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, read_text
-from .down_weights import DownWeights
+from .dern import dern, drops_experts
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .forward import Windows
 from .gguf_file import Progress
 from .inventory import model_facts
 from .methods import method
+from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
+from .refit import can_refit
 from .refit import refit as refit_weights
 from .report import Report, Row
 from .runtime import Runtime
@@ -171,19 +173,21 @@ def _tokenizer_hash(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Built:
-    """One pruned (and perhaps quantized) model."""
+    """One pruned (and perhaps quantized) model; `notes` are those of its new weights."""
 
     label: str
     plan: PrunePlan | None
     encoding: str
     path: Path
+    notes: tuple[str, ...] = ()
 
 
 def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit: bool = False) -> Built:
-    """Plans, perhaps refits, prunes and (with a target) quantizes one recipe.
+    """Plans, perhaps refits (or recombines, for dern), prunes and (with a target) quantizes one recipe.
 
     Files are named by the ecosystem's convention, <model>-<METHOD><percent>-<encoding>.gguf.
     """
+    _check_refit(recipe, refit)
     stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
     refit = refit or method(recipe.method).refitted
@@ -196,23 +200,38 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     work.step(f"{stem}{f'-{target}' if target else ''}.plan.json", inputs, plan.save)
     kept: dict[str, Any] = {"kept": plan.kept_hash, "stats": inputs["stats"], "base": inputs["base"], "refit": refit}
     weights = None
-    if refit and any(0 < width < plan.n_ff_exp for layer in plan.layers for width in layer.widths):
+    if refit and can_refit(source.checkpoint, plan):
         path = work.step(f"{stem}.refit.safetensors", kept, lambda path: _refit(job, work, source, plan, path))
-        weights = DownWeights.load(path)
+        weights = Overrides.load(path)
         stem, label = f"{stem}R", f"{label} + refit"
+    elif recipe.method == "dern" and drops_experts(plan):
+        path = work.step(
+            f"{stem}.dern.safetensors",
+            kept,
+            lambda path: dern(source.checkpoint, plan, path, device=job.device, progress=job.progress),
+        )
+        weights = Overrides.load(path)
+    notes = weights.origin.notes if weights is not None else ()
     pruned = work.step(
         f"{stem}-{_base_encoding(stats)}.gguf",
         kept,
-        lambda path: prune(base, plan, path, ggml=job.runtime.ggml, refit=weights, progress=job.progress),
+        lambda path: prune(base, plan, path, ggml=job.runtime.ggml, overrides=weights, progress=job.progress),
     )
     if target is None:
-        return Built(label, plan, _base_encoding(stats), pruned)
+        return Built(label, plan, _base_encoding(stats), pruned, notes)
     final = work.step(
         f"{stem}-{target}.gguf",
         kept | {"target": target, "runtime": job.runtime.path.name},
         lambda path: quantize(pruned, target, path, imatrix=stats, tools=_quantizer(job)),
     )
-    return Built(f"{label} {target}", plan, target, final)
+    return Built(f"{label} {target}", plan, target, final, notes)
+
+
+def _check_refit(recipe: Recipe, refit: bool) -> None:
+    if refit and recipe.method == "dern":
+        raise GgufToolError(
+            "--refit: dern makes new weights of its own, and a model takes one set of them; leave it out"
+        )
 
 
 def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, path: Path) -> None:
@@ -284,12 +303,13 @@ def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: bool = Fal
     target = recipe.target
     if not job.evaluation:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
+    _check_refit(recipe, refit)
     work = Workspace(out, say)
     source = prepare(job, work, [recipe])
     built = build(job, work, source, recipe, refit=refit)
     rivals = [quantize_base(job, work, source, target)] if target and target not in encoding.FLOATS else []
     assert built.plan is not None
-    notes = [built.plan.formula, *built.plan.notes]
+    notes = [built.plan.formula, *built.plan.notes, *built.notes]
     report = judge(job, source.base, [built, *rivals], source.stats.model.name, notes)
     report.save(out)
     return report

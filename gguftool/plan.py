@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,14 @@ class LayerPlan:
         router: original ids of the experts that the router keeps, ascending. The others are gone.
         retained: for each row of `router`, the ascending original indices of the neurons that stay. An expert may stay
             in the router without a neuron: it is then chosen and adds nothing.
+        importance: of every expert of the unpruned layer, 0 or more, where what is dropped is merged into what stays by it
+            (`dern`); empty for other methods.
     """
 
     index: int
     router: tuple[int, ...]
     retained: tuple[Neurons, ...]
+    importance: tuple[float, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -157,6 +161,9 @@ class PrunePlan:
                 raise GgufToolError(f"{where}: the neurons of expert {expert} are not ascending below {self.n_ff_exp}")
         if not any(layer.widths):
             raise GgufToolError(f"{where}: no neuron would remain; lower --ratio")
+        given = layer.importance
+        if given and (len(given) != self.n_expert or not all(0 <= value < inf for value in given)):
+            raise GgufToolError(f"{where}: the importance is not {self.n_expert} finite numbers of 0 or more")
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON, a line an expert."""
@@ -235,7 +242,8 @@ def _layer_json(layer: LayerPlan, n_ff: int) -> str:
         word = {0: "none", n_ff: "all"}.get(len(neurons)) or pack_mask(neurons, n_ff).hex()
         experts.append(f'      {{"expert": {expert}, "width": {len(neurons)}, "neurons": "{word}"}}')
     tiers = [{"width": tier.width, "count": len(tier.rows)} for tier in layer.tiers()]
-    head = f'    {{"layer": {layer.index}, "tiers": {json.dumps(tiers)}, "experts": [\n'
+    importance = f' "importance": {json.dumps(layer.importance)},' if layer.importance else ""
+    head = f'    {{"layer": {layer.index}, "tiers": {json.dumps(tiers)},{importance} "experts": [\n'
     return head + ",\n".join(experts) + "\n    ]}"
 
 
@@ -270,7 +278,8 @@ def _layer_from_json(raw: dict[str, Any], n_ff: int) -> LayerPlan:
             raise ValueError(
                 f"layer {raw['layer']}, expert {row['expert']}: width {row['width']}, mask of {len(retained[-1])}"
             )
-    return LayerPlan(int(raw["layer"]), tuple(router), tuple(retained))
+    importance = tuple(float(value) for value in raw.get("importance", ()))
+    return LayerPlan(int(raw["layer"]), tuple(router), tuple(retained), importance)
 
 
 def _neurons(row: dict[str, Any], n_ff: int) -> Neurons:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from .errors import GgufToolError
 from .obs import eliminate
+from .router_fix import RouterFix
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
 Sums = dict[str, Tensor]
@@ -156,7 +157,8 @@ class ExpertRecorder:
 class GramRecorder:
     """Stands in for an experts module's forward and takes C = sum of g^2 h h^T of the experts that a plan narrows.
 
-    `arrays` gives the refitted down columns of these experts (see `refit`), not C, which would be too big to keep.
+    `arrays` gives the refitted down columns of these experts (see `refit`), not C, which would be too big to keep; with a
+    `fix` those of whole experts too, all of them by the scale that takes back what a smaller router does.
     """
 
     def __init__(
@@ -164,9 +166,13 @@ class GramRecorder:
         module: nn.Module,
         retained: Mapping[int, Neurons],
         solve: Callable[[Tensor, Tensor, Neurons, int], Tensor],
+        fix: RouterFix | None = None,
+        whole: Collection[int] = (),
     ) -> None:
-        """`retained`: neurons that stay, by expert; `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`."""
+        """`retained`: neurons that stay, by expert that is narrowed; `whole`: experts that keep all of theirs;
+        `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`."""
         self.module, self.retained, self.solve, self.domain = module, retained, solve, 0
+        self.fix, self.whole = fix, whole
         down = module.get_parameter("down_proj")
         width = down.shape[2]
         work = torch.promote_types(down.dtype, torch.float32)
@@ -176,6 +182,8 @@ class GramRecorder:
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
         n_expert = self.module.get_parameter("down_proj").shape[0]
+        if self.fix is not None:
+            self.fix.add(hidden_states, top_k_index, top_k_weights)
         return run_experts(hidden_states, top_k_index, top_k_weights, n_expert, self._run)
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
@@ -188,15 +196,16 @@ class GramRecorder:
 
     @torch.no_grad()
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Expert -> its refitted down columns, float32 [d, w]."""
+        """`<expert>.down` -> the new down columns, float32 [d, w]."""
         down = self.module.get_parameter("down_proj")
-        return {
-            str(expert): self.solve(down[expert], self.grams[expert], neurons, self.counts[expert])
-            .float()
-            .cpu()
-            .numpy()
+        found = {
+            expert: self.solve(down[expert], self.grams[expert], neurons, self.counts[expert]).float()
             for expert, neurons in self.retained.items()
         }
+        for expert, scale in self.fix.scales().items() if self.fix is not None else ():
+            if expert in found or expert in self.whole:
+                found[expert] = scale * found.get(expert, down[expert].float())
+        return {f"{expert}.down": columns.cpu().numpy() for expert, columns in found.items()}
 
 
 class LinearRecorder:

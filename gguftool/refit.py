@@ -6,6 +6,9 @@ For an expert with kept neurons S and dropped neurons P, and C = sum over its to
 
 minimise the squared change of the expert's weighted output (least squares with a ridge). C is taken a layer at a time
 and never kept: at Qwen3-30B's sizes it is 300 MB a layer. Experts with few tokens are corrected less: N / 2K of it.
+
+Where the router loses experts and does not make the weights of the others add up to 1, the same pass takes back how much
+these grow, by one number an expert (see `router_fix`); whole experts get new down columns only for that.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .down_weights import DownWeights
 from .errors import GgufToolError
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
 from .obs import RIDGE
-from .plan import Neurons, PrunePlan
+from .overrides import Key, Origin, Overrides
+from .plan import LayerPlan, Neurons, PrunePlan
 from .recorders import GramRecorder
+from .router_fix import RouterFix
 from .stats import Domain
 from .workdir import WorkDir
 
@@ -37,33 +41,57 @@ def refit(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
-) -> DownWeights:
-    """The refitted down columns of every expert that `plan` narrows. Resumable, as `calibrate` is.
+) -> Overrides:
+    """The refitted down columns of every expert that `plan` narrows, or whose weights it lets grow.
 
-    They lie in `work_dir` until they are saved; `DownWeights.save` removes it.
+    Resumable, as `calibrate` is.
+
+    They lie in `work_dir` until they are saved; `Overrides.save` removes it.
 
     Raises:
-        GgufToolError: the plan is for another checkpoint, or narrows no expert.
+        GgufToolError: the plan is for another checkpoint, or there is nothing in it to refit.
     """
     if plan.model_fingerprint != checkpoint.fingerprint:
         raise GgufToolError(f"the plan was made for {plan.model_name}, not for the checkpoint {checkpoint.name}")
-    narrowed = {layer.index: narrowed_experts(plan, layer.index) for layer in plan.layers}
-    if not any(narrowed.values()):
+    if not can_refit(checkpoint, plan):
         raise GgufToolError("the plan narrows no expert: there is nothing to refit")
+    narrowed = {layer.index: narrowed_experts(plan, layer.index) for layer in plan.layers}
+    grown = {layer.index: layer for layer in grown_layers(checkpoint, plan)}
+    row = checkpoint.architecture
 
     def record(module: nn.Module, layer: int) -> GramRecorder:
-        return GramRecorder(module, narrowed.get(layer, {}), solve)
+        if layer not in grown:
+            return GramRecorder(module, narrowed.get(layer, {}), solve)
+        router = run.stream.loader.model.get_submodule(f"{row.layers}.{layer}.{row.router}").get_parameter("weight")
+        own = grown[layer]
+        whole = {e for e, width in zip(own.router, own.widths, strict=True) if width == plan.n_ff_exp}
+        return GramRecorder(module, narrowed[layer], solve, RouterFix(router, own.router, layer), whole)
 
     run = LayeredPass(LayerStream(checkpoint, device, dtype), domains, record, progress=progress)
-    key = identity(checkpoint, domains, dtype, dtype) | {"refit": plan.kept_hash, "ridge": RIDGE}
+    key = identity(checkpoint, domains, dtype, dtype) | {
+        "refit": plan.kept_hash,
+        "ridge": RIDGE,
+        "grown": sorted(grown),
+    }
     work = WorkDir(work_dir, key, run.shape, dtype)
     run.run(work)
-    places = {
-        (layer, expert): (work.sums_path(layer), str(expert))
-        for layer, experts in narrowed.items()
-        for expert in experts
+    places: dict[Key, tuple[Path, str]] = {
+        (layer, int(name.partition(".")[0]), "down"): (work.sums_path(layer), name)
+        for layer in narrowed
+        for name in work.names(layer)
     }
-    return DownWeights(plan.kept_hash, tuple(asdict(domain) for domain, _ in domains), places, work.remove)
+    origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains))
+    return Overrides(origin, places, work.remove)
+
+
+def can_refit(checkpoint: Checkpoint, plan: PrunePlan) -> bool:
+    """Whether there is anything in a plan that `refit` can make good."""
+    return any(narrowed_experts(plan, layer.index) for layer in plan.layers) or bool(grown_layers(checkpoint, plan))
+
+
+def grown_layers(checkpoint: Checkpoint, plan: PrunePlan) -> list[LayerPlan]:
+    """The layers in which the router's weights grow because experts are dropped and they need not add up to 1."""
+    return [] if checkpoint.norm_topk else [layer for layer in plan.layers if len(layer.router) < plan.n_expert]
 
 
 def narrowed_experts(plan: PrunePlan, index: int) -> dict[int, Neurons]:

@@ -174,7 +174,7 @@ def inspection_tables(facts: Mapping[str, Any], experts: bool) -> list[Table | s
     head = (
         f"{facts['name']} · {facts['arch']} · {facts['file_type']} · {facts['layout']} layout · "
         f"{facts['bytes']:,} bytes, {facts['expert_bytes']:,} of them experts"
-    )
+    ) + (f" · weights by {facts['weights']}" if facts["weights"] else "")
     table = Table(title=None)
     for name in ("layer", "experts", "tiers (count × width)", "type of down"):
         table.add_column(name)

@@ -67,6 +67,8 @@ class ModelFacts:
     `fingerprint` is a sha256 over config.json and the names, shapes, types and pieces of every tensor.
     `moe_layers` holds the decoder index of each of the L layers that have experts. `tensors` is every tensor of the
     unpruned GGUF as the converter would write it, so that bytes can be counted before anything is written.
+    The router picks from `n_group_used` of `n_group` equal groups of neighbouring experts. `norm_topk` says whether the
+    weights of the chosen experts are made to add up to 1; None in stats of a gguftool that did not look.
     """
 
     name: str
@@ -81,6 +83,9 @@ class ModelFacts:
     n_embd: int
     n_vocab: int
     tensors: tuple[TensorSpec, ...]
+    n_group: int = 1
+    n_group_used: int = 1
+    norm_topk: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,11 @@ class WorkDir:
         """The sums of a finished layer."""
         return load_file(self.sums_path(layer))
 
+    def names(self, layer: int) -> list[str]:
+        """The names of a finished layer's sums, sorted; its header is read only."""
+        with safe_open(self.sums_path(layer), "numpy") as file:
+            return sorted(file.keys())
+
     def sums_path(self, layer: int) -> Path:
         """The safetensors file of a finished layer's sums."""
         return self.path / f"layer-{layer:03}.safetensors"

@@ -6,18 +6,18 @@ The writer decides nothing: shapes, types and order come from `layout`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFValueType as V
 
 from . import cut, encoding, layout
-from .down_weights import DownWeights
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, copied_entries, header_bytes, write_gguf
-from .layout import STOCK, Piece, parse
-from .plan import PrunePlan
+from .layout import STOCK, ExpertName, Piece, parse
+from .overrides import Overrides
+from .plan import Neurons, PrunePlan
 from .requant import check_quantizer, copies, quantize_rows, take_columns
 from .tensors import BLOCKS, TensorSpec
 
@@ -47,7 +47,7 @@ def prune(
     out: Path,
     *,
     ggml: Path | None = None,
-    refit: DownWeights | None = None,
+    overrides: Overrides | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -55,27 +55,28 @@ def prune(
     """Writes `plan` applied to `base`. Blocks of quantized tensors are copied bit for bit wherever whole blocks stay.
 
     Args:
-        ggml: shared library of ggml, needed where quantized down columns must be cut.
-        refit: down columns that replace the base file's where experts are narrowed.
+        ggml: shared library of ggml, needed where quantized tensors must be cut or get new values.
+        overrides: matrices that replace the base file's; of whole experts and of narrowed ones.
         dry_run: check everything, count every byte, write nothing.
 
     Raises:
-        GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged, or
-            something has to be quantized anew and cannot be.
+        GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged, an override
+            belongs to nothing in the plan, or something has to be quantized anew and cannot be.
     """
     if not dry_run:
         check_output(out, force, base)
-    if refit is not None:
-        refit.check(plan.kept_hash)
     file = GgufFile(base)
     file.check_whole()
     kind = _layout_in(file, plan)
     pieces = layout.pieces(plan, file.tensors, encoding.TWINS, layout=kind, whole=_predictors(file))
     _check_model(file, plan)
-    source = _Source(ggml, refit, plan.n_ff_exp)
+    if overrides is not None:
+        _check_overrides(overrides, file, plan)
+        pieces = _with_overridden(pieces, overrides, plan)
+    source = _Source(ggml, overrides, plan.n_ff_exp)
     requantized = source.requantized(pieces)
     copied, notes = copied_entries(file)
-    entries = _entries(copied, file, plan, kind, refit is not None)
+    entries = _entries(copied, file, plan, kind, overrides)
     specs = tuple(piece.spec for piece in pieces)
     size = header_bytes(file.arch, entries, specs) + sum(spec.padded_bytes for spec in specs)
     notes = [*_compare_with_plan(plan, specs), *notes]
@@ -136,6 +137,36 @@ def _check_model(file: GgufFile, plan: PrunePlan) -> None:
         raise GgufToolError(f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed")
 
 
+def _check_overrides(overrides: Overrides, file: GgufFile, plan: PrunePlan) -> None:
+    """Raises GgufToolError for an override that is not for this plan, or that has no place in the base file."""
+    stacks = {spec: name for spec in file.tensors if (name := parse(spec.name)) and name.suffix == "weight"}
+    down = next((spec for spec, name in stacks.items() if name.role == "down"), None)
+    if down is None:
+        raise GgufToolError(f"{file.path}: no layer has experts")
+    overrides.check(plan, down.ne[1])
+    places = {(name.layer, role) for name in stacks.values() for role in _roles(name)}
+    for layer, expert, role in overrides.keys():
+        if (layer, role) not in places:
+            raise GgufToolError(f"the weights have a {role} of layer {layer}, expert {expert}; the base file has none")
+
+
+def _with_overridden(pieces: Sequence[Piece], overrides: Overrides, plan: PrunePlan) -> tuple[Piece, ...]:
+    """The pieces, where stacks that would be copied whole are put together anew if an override is in them."""
+    layers = {layer.index: layer for layer in plan.layers}
+    changed = {(layer, role) for layer, _, role in overrides.keys()}
+
+    def renewed(piece: Piece) -> Piece:
+        name = parse(piece.spec.name)
+        if piece.layer is not None or name is None or name.suffix != "weight":
+            return piece
+        if not any((name.layer, role) in changed for role in _roles(name)):
+            return piece
+        layer = layers[name.layer]
+        return replace(piece, layer=layer, tier=layer.tiers()[0])
+
+    return tuple(map(renewed, pieces))
+
+
 def _compare_with_plan(plan: PrunePlan, specs: Sequence[TensorSpec]) -> list[str]:
     """A note where the file gets other tensors than the plan counted, so that the planned bytes do not hold."""
     expected, actual = _facts(plan.tensors), _facts(specs)
@@ -153,13 +184,13 @@ def _facts(specs: Sequence[TensorSpec]) -> dict[str, tuple[tuple[int, ...], str]
 
 
 def _entries(
-    copied: dict[str, KeyValue], file: GgufFile, plan: PrunePlan, kind: str, refitted: bool
+    copied: dict[str, KeyValue], file: GgufFile, plan: PrunePlan, kind: str, overrides: Overrides | None
 ) -> dict[str, KeyValue]:
     """The base file's metadata with what pruning changes."""
     entries = dict(copied)
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
-    if all(layout.untouched(layer, plan) for layer in plan.layers):
+    if all(layout.untouched(layer, plan) for layer in plan.layers) and not overrides:
         return entries
     if kind == STOCK:
         width, count = plan.layers[0].widths[0], len(plan.layers[0].router)
@@ -176,7 +207,10 @@ def _entries(
         for index, (name, _) in enumerate(plan.dataset):
             entries[f"general.dataset.{index}.name"] = KeyValue(name, V.STRING)
     entries.pop("general.size_label", None)  # it counts parameters and experts, and they have changed
-    return entries | cut.entries(plan, kind) | {f"{cut.KEY}refit": KeyValue(refitted, V.BOOL)}
+    entries |= cut.entries(plan, kind)
+    if overrides:
+        entries[f"{cut.KEY}weights"] = KeyValue(overrides.origin.made_by, V.STRING)
+    return entries
 
 
 def _width_key(file: GgufFile) -> str:
@@ -186,10 +220,10 @@ def _width_key(file: GgufFile) -> str:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the down columns of a narrowed expert come from: its refit, or the base file's rows."""
+    """Where an expert's rows come from: its override, or the base file's rows."""
 
     ggml: Path | None
-    refit: DownWeights | None
+    overrides: Overrides | None
     n_ff: int
 
     def requantized(self, pieces: Sequence[Piece]) -> list[str]:
@@ -203,41 +237,46 @@ class _Source:
         if piece.source is None or piece.layer is None or piece.tier is None:
             return False
         name = parse(piece.source.name)
-        if name is None or (name.role, name.suffix) != ("down", "weight"):
+        if name is None or name.suffix != "weight":
             return False
         in_blocks = BLOCKS[piece.spec.type][0] > 1
         for row in piece.tier.rows:
             neurons = piece.layer.retained[row]
-            if self.is_whole(piece, neurons):
-                continue
-            anew = not copies(piece.source.type, piece.spec.type, neurons)
-            if anew != in_blocks and self._fitted(piece, piece.layer.router[row]) is not None:
-                anew = in_blocks
-            if anew:
+            key = (piece.layer.index, piece.layer.router[row])
+            given = [self.overrides is not None and (*key, role) in self.overrides for role in _roles(name)]
+            if any(given) and in_blocks:
+                return True
+            is_cut = name.role == "down" and not given[0] and not self.is_whole(piece, neurons)
+            if is_cut and not copies(piece.source.type, piece.spec.type, neurons):
                 return True
         return False
 
-    def is_whole(self, piece: Piece, neurons: np.ndarray) -> bool:
+    def is_whole(self, piece: Piece, neurons: Neurons) -> bool:
         """Whether an expert keeps every neuron and its type."""
         assert piece.source is not None
         return len(neurons) == self.n_ff and piece.spec.type == piece.source.type
 
-    def _fitted(self, piece: Piece, expert: int) -> np.ndarray | None:
+    def given(self, piece: Piece, row: int, role: str) -> Bytes | None:
+        """The override of the expert in router row `row` as rows of the piece's type, or None."""
         assert piece.layer is not None
-        return self.refit.get(piece.layer.index, expert) if self.refit is not None else None
+        if self.overrides is None:
+            return None
+        values = self.overrides.get(piece.layer.index, piece.layer.router[row], role)
+        return None if values is None else quantize_rows(values, piece.spec.type, self.ggml)
 
-    def columns(self, rows: Bytes, piece: Piece, expert: int, neurons: np.ndarray) -> Bytes:
-        """Rows of the piece's type with the kept columns."""
+    def kept(self, one: Bytes, piece: Piece, name: ExpertName, neurons: Neurons) -> Bytes:
+        """The kept neurons' part of one expert's rows (or of its row of biases) in the base file."""
         assert piece.source is not None
-        target = piece.spec.type
-        fitted = self._fitted(piece, expert)
-        if fitted is None:
-            return take_columns(rows, piece.source.type, target, neurons, self.ggml)[0]
-        if fitted.shape != (len(rows), len(neurons)):
-            raise GgufToolError(
-                f"the refit of expert {expert} has shape {fitted.shape}, not {len(rows)} x {len(neurons)}"
+        if self.is_whole(piece, neurons) or name.suffix.endswith("scale"):
+            return one
+        if name.suffix == "bias":
+            size = BLOCKS[piece.source.type][1]
+            return (
+                one if name.role == "down" else _rows(one.reshape(-1, size), neurons, name.role, self.n_ff).reshape(-1)
             )
-        return quantize_rows(fitted, target, self.ggml)
+        if name.role == "down":
+            return take_columns(one, piece.source.type, piece.spec.type, neurons, self.ggml)[0]
+        return _rows(one, neurons, name.role, self.n_ff)
 
 
 def _producer(file: GgufFile, pieces: dict[str, Piece], source: _Source) -> Callable[[TensorSpec], Bytes]:
@@ -263,23 +302,29 @@ def _stack(raw: Bytes, piece: Piece, source: _Source) -> Bytes:
     assert piece.layer is not None and piece.tier is not None and piece.source is not None
     name = parse(piece.source.name)
     assert name is not None
-    parts, n_ff, size = [], source.n_ff, BLOCKS[piece.source.type][1]
+    parts, size = [], BLOCKS[piece.source.type][1]
     for row in piece.tier.rows:
         expert, neurons = piece.layer.router[row], piece.layer.retained[row]
         one = raw[expert] if raw.ndim > 1 else raw.reshape(-1, size)[expert]
-        if source.is_whole(piece, neurons) or name.suffix.endswith("scale"):
-            parts.append(one)
-        elif name.suffix == "bias":
-            parts.append(
-                one if name.role == "down" else _rows(one.reshape(-1, size), neurons, name.role, n_ff).reshape(-1)
-            )
-        elif name.role == "down":
-            parts.append(source.columns(one, piece, expert, neurons))
-        else:
-            parts.append(_rows(one, neurons, name.role, n_ff))
+        given = [source.given(piece, row, role) for role in _roles(name)] if name.suffix == "weight" else []
+        new = [rows for rows in given if rows is not None]
+        if new and len(new) == len(given):
+            # The base file's columns are not even cut: that could cost a quantizer that is not needed.
+            parts.append(np.concatenate(new))
+            continue
+        kept = source.kept(one, piece, name, neurons)
+        if new:
+            halves = zip(np.split(kept, len(given)), given, strict=True)
+            kept = np.concatenate([own if rows is None else rows for own, rows in halves])
+        parts.append(kept)
     return np.stack(parts)
 
 
-def _rows(stack: Bytes, neurons: np.ndarray, role: str, n_ff: int) -> Bytes:
+def _roles(name: ExpertName) -> tuple[str, ...]:
+    """The matrices of an expert that lie one above the other in a stack: all gate rows are before all up rows."""
+    return ("gate", "up") if name.role == "gate_up" else (name.role,)
+
+
+def _rows(stack: Bytes, neurons: Neurons, role: str, n_ff: int) -> Bytes:
     """Rows of gate or up; of a merged gate_up stack, which holds all gate rows before all up rows, those of both."""
     return stack[np.concatenate([neurons, neurons + n_ff])] if role == "gate_up" else stack[neurons]

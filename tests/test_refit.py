@@ -1,19 +1,18 @@
-import tracemalloc
-
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from gguf_models import floats
 from gguftool import builtin
 from gguftool.checkpoint import open_checkpoint
 from gguftool.corpus import load_domain
-from gguftool.down_weights import DownWeights
 from gguftool.errors import GgufToolError
 from gguftool.evaluate import compare_many
 from gguftool.gguf_file import GgufFile
+from gguftool.inspection import inspect
 from gguftool.layout import tier_name
+from gguftool.overrides import Overrides
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
 from gguftool.refit import RIDGE, narrowed_experts, refit, solve
@@ -60,7 +59,7 @@ def fitted(checkpoint_dir, stats, tmp_path_factory):
     plan = make_plan(stats, Recipe("global", 0.5))
     folder = tmp_path_factory.mktemp("refit")
     refit(checkpoint, plan, domains, folder / "work").save(folder / "refit.safetensors")
-    return plan, DownWeights.load(folder / "refit.safetensors")
+    return plan, Overrides.load(folder / "refit.safetensors")
 
 
 def test_weights_stay_on_disk_and_outlive_a_failed_save(checkpoint_dir, stats, tmp_path):
@@ -77,36 +76,26 @@ def test_weights_stay_on_disk_and_outlive_a_failed_save(checkpoint_dir, stats, t
     weights.save(out)
     assert not work.exists()
     arrays = load_file(out)  # safetensors' own reader agrees with what we write
-    loaded = DownWeights.load(out)
+    loaded = Overrides.load(out)
     assert len(loaded) == len(weights) == len(fitted) == len(arrays) > 0
-    for (layer, expert), want in fitted.items():
-        assert (layer, expert) in loaded and want.dtype == np.float32
-        for have in (loaded.get(layer, expert), weights.get(layer, expert), arrays[f"{layer}.{expert}"]):
+    for (layer, expert, role), want in fitted.items():
+        assert role == "down" and (layer, expert, role) in loaded and want.dtype == np.float32
+        for have in (
+            loaded.get(layer, expert, role),
+            weights.get(layer, expert, role),
+            arrays[f"{layer}.{expert}.down"],
+        ):
             assert np.array_equal(have, want)
-    assert loaded.get(999, 0) is None and (999, 0) not in loaded
-    loaded.check(plan.kept_hash)
-    out.write_bytes(out.read_bytes()[:-4])
-    with pytest.raises(GgufToolError, match="damaged"):
-        DownWeights.load(out)
-
-
-def test_saving_holds_one_matrix_at_a_time(tmp_path):
-    matrix = np.ones((256, 256), dtype=np.float32)
-    save_file({str(expert): matrix for expert in range(64)}, tmp_path / "layer")
-    places = {(0, expert): (tmp_path / "layer", str(expert)) for expert in range(64)}
-    DownWeights("", (), places).save(tmp_path / "warm")
-    tracemalloc.start()
-    DownWeights("", (), places).save(tmp_path / "out")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8 * matrix.nbytes
+    assert loaded.get(999, 0, "down") is None and (999, 0, "down") not in loaded
+    assert loaded.origin == weights.origin and loaded.origin.made_by == "refit"
+    loaded.check(plan, checkpoint.n_embd)
 
 
 def test_refit_lowers_the_divergence_on_a_text_that_it_never_saw(fitted, base_gguf, eval_text, llama, tmp_path):
     plan, weights = fitted
-    assert set(weights.keys()) == {(p.index, e) for p in plan.layers for e in narrowed_experts(plan, p.index)}
+    assert weights.experts == {(p.index, e) for p in plan.layers for e in narrowed_experts(plan, p.index)}
     prune(base_gguf, plan, tmp_path / "plain.gguf")
-    prune(base_gguf, plan, tmp_path / "refit.gguf", refit=weights)
+    prune(base_gguf, plan, tmp_path / "refit.gguf", overrides=weights)
     plain, refitted = compare_many(
         base_gguf, [tmp_path / "plain.gguf", tmp_path / "refit.gguf"], eval_text.read_text(), llama=llama, max_windows=4
     )
@@ -116,25 +105,23 @@ def test_refit_lowers_the_divergence_on_a_text_that_it_never_saw(fitted, base_gg
 
 def test_the_file_holds_the_refitted_columns(fitted, base_gguf, tmp_path):
     plan, weights = fitted
-    prune(base_gguf, plan, tmp_path / "refit.gguf", refit=weights)
+    prune(base_gguf, plan, tmp_path / "refit.gguf", overrides=weights)
     file, layer = GgufFile(tmp_path / "refit.gguf"), plan.layers[0]
     for index, tier in enumerate(layer.tiers()):
         stack = floats(file, tier_name(layer.index, "down", index))
         for place, row in enumerate(tier.rows):
-            if (layer.index, row) in weights:
-                assert np.allclose(stack[place], weights.get(layer.index, row), rtol=2**-8)
+            if (layer.index, row, "down") in weights:
+                assert np.allclose(stack[place], weights.get(layer.index, row, "down"), rtol=2**-8)
+    assert file.value("gguftool.weights") == inspect(file).as_dict()["weights"] == "refit"
 
 
 def test_weights_of_another_plan_are_refused(fitted, stats, base_gguf, checkpoint_dir, tmp_path):
     _, weights = fitted
     other = make_plan(stats, Recipe("global", 0.25))
     with pytest.raises(GgufToolError, match="another plan"):
-        prune(base_gguf, other, tmp_path / "x.gguf", refit=weights)
+        prune(base_gguf, other, tmp_path / "x.gguf", overrides=weights)
     assert not (tmp_path / "x.gguf").exists()
     checkpoint = open_checkpoint(checkpoint_dir)
     domains = [load_domain(builtin.texts()["calib_code"], checkpoint.tokenizer(), 512, 1)]
     with pytest.raises(GgufToolError, match="nothing to refit"):
         refit(checkpoint, make_plan(stats, Recipe("reap", 0.25)), domains, tmp_path / "work")
-    (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(GgufToolError, match="damaged"):
-        DownWeights.load(tmp_path / "bad.safetensors")

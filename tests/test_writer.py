@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from gguf_models import floats, write_random
 from gguftool import cut, layout, planner
-from gguftool.down_weights import DownWeights
 from gguftool.errors import GgufToolError
 from gguftool.expand import expand
 from gguftool.gguf_file import GgufFile, KeyValue, header_bytes, write_gguf
 from gguftool.inspection import check, inspect
+from gguftool.overrides import Origin, Overrides
 from gguftool.recipe import Recipe
 from gguftool.requant import take_columns, whole_blocks
 from gguftool.tensors import TensorSpec
@@ -379,14 +379,14 @@ def test_refitted_columns_count_as_quantized_anew(quantized, plain, tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"x": np.ones((D, 32), np.float32)}, tmp_path / "w.safetensors")
-    refit = DownWeights(plan.kept_hash, (), {(1, 0): (tmp_path / "w.safetensors", "x")})
+    refit = Overrides(Origin("refit", plan.kept_hash), {(1, 0, "down"): (tmp_path / "w.safetensors", "x")})
     (tmp_path / "ggml.so").touch()
     out = tmp_path / "out.gguf"
     assert prune(quantized, plan, out, dry_run=True).requantized == []
-    assert prune(plain, plan, out, refit=refit, dry_run=True).requantized == []
+    assert prune(plain, plan, out, overrides=refit, dry_run=True).requantized == []
     with pytest.raises(GgufToolError, match="runtime build"):
-        prune(quantized, plan, out, refit=refit)
-    report = prune(quantized, plan, out, refit=refit, ggml=tmp_path / "ggml.so", dry_run=True)
+        prune(quantized, plan, out, overrides=refit)
+    report = prune(quantized, plan, out, overrides=refit, ggml=tmp_path / "ggml.so", dry_run=True)
     assert report.requantized == ["blk.1.ffn_down_exps.1.weight"]
 
 
