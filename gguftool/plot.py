@@ -17,13 +17,14 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
     "#332288", "#882255", "#44AA99", "#999933", "#AA4499", "#117733",
 )  # fmt: skip
-MARKERS = ("o", "^", "D", "v", "p", "<", "h", ">", "P", "*", "d", "8", "H")
+MARKERS = ("o", "^", "D", "v", "P", "<", "X", ">", "*")
 CONTROL_COLOUR, CONTROL_MARKERS = "#8a8a8a", ("x", "+", "1")
 LINES = ("-", "--", ":", "-.")
 GREY = "#9a9a9a"
 STYLE = {
     "svg.hashsalt": "gguftool", "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 9.5,
     "axes.spines.top": False, "axes.spines.right": False, "path.simplify": False,
+    "lines.markeredgewidth": 0.6,
 }  # fmt: skip
 
 
@@ -52,14 +53,15 @@ def draw(report: SweepReport) -> Figure:
     lines = -(-len(groups) // columns)
     styles = _styles(report)
     entries = len(styles) + len(_encodings(report)) + 2
-    height = max(5.0 * lines, 0.24 * entries + 1.0)
-    figure = Figure(figsize=(5.6 * columns + 2.8, height), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False)
+    height = max(5.4 * lines, 0.24 * entries + 1.0)
+    figure = Figure(figsize=(6.0 * columns + 2.4, height), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     unit, name = (1e9, "GB") if report.base_bytes >= 2e9 else (1e6, "MB")
     for axes, group in zip(panels.flat, groups, strict=False):
         _draw_group(axes, report, group, styles, unit)
         axes.set_title(group)
         axes.set_xlabel(f"file size, {name}")
+    for axes in panels[:, 0]:
         axes.set_ylabel("mean KL divergence to the original, nats")
     for axes in list(panels.flat)[len(groups) :]:
         axes.set_visible(False)
@@ -78,7 +80,7 @@ def _draw_group(axes: Axes, report: SweepReport, group: str, styles: dict[str, d
             points = [row.point(group) for row in rows]
             spread = [row.scores[group].kl_spread or 0.0 for row in rows]
             sizes, values = [point.bytes / unit for point in points], [point.kl for point in points]
-            axes.plot(sizes, values, linestyle=line, linewidth=1.3, markersize=6.5, **style)
+            axes.plot(sizes, values, linestyle=line, linewidth=1.3, markersize=7.5, **style)
             if any(spread):
                 low = [min(s, 0.9 * v) for s, v in zip(spread, values, strict=True)]
                 axes.errorbar(
@@ -90,8 +92,9 @@ def _draw_group(axes: Axes, report: SweepReport, group: str, styles: dict[str, d
         axes.plot([p.bytes / unit for p in points], [p.kl for p in points], color="black", marker="s", linewidth=0.8)
         for row, point in zip(unpruned, points, strict=True):
             axes.annotate(
-                row.name.encoding, (point.bytes / unit, point.kl), xytext=(6, 5), textcoords="offset points",
-                fontsize=9, zorder=6, bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.7, "linewidth": 0},
+                row.name.encoding, (point.bytes / unit, point.kl), xytext=(-6, -4), textcoords="offset points",
+                fontsize=9, ha="right", va="top", zorder=6,
+                bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.7, "linewidth": 0},
             )  # fmt: skip
     best = [row for row, stays in zip(report.rows, report.front(group), strict=True) if stays]
     best = _on_axis([row for row in best if row.name.kind != CONTROL], group)
@@ -101,7 +104,7 @@ def _draw_group(axes: Axes, report: SweepReport, group: str, styles: dict[str, d
             [p.bytes / unit for p in points], [p.kl for p in points], where="post", color=GREY, linewidth=1, zorder=1
         )
     axes.set_yscale("log")
-    axes.margins(x=0.08, y=0.06)
+    axes.margins(x=0.1, y=0.06)
     axes.grid(True, which="major", color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
 
@@ -124,9 +127,11 @@ def _styles(report: SweepReport) -> dict[str, dict[str, Any]]:
     controls = [method for method, kind in kinds.items() if kind == CONTROL]
     styles: dict[str, dict[str, Any]] = {}
     for index, method in enumerate(methods):
-        styles[method] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "zorder": 4}
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        styles[method] = {"color": colour, "marker": marker, "zorder": 4, "markeredgecolor": "white"}
     for index, method in enumerate(controls):
-        styles[method] = {"color": CONTROL_COLOUR, "marker": CONTROL_MARKERS[index % 3], "zorder": 2}
+        marker = CONTROL_MARKERS[index % len(CONTROL_MARKERS)]
+        styles[method] = {"color": CONTROL_COLOUR, "marker": marker, "zorder": 2, "markeredgewidth": 1.2}
     return styles
 
 
@@ -134,7 +139,7 @@ def _legend(report: SweepReport, styles: dict[str, dict[str, Any]]) -> list[Any]
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], linestyle="", markersize=6.5, label=method, **{k: v for k, v in style.items() if k != "zorder"})
+        Line2D([], [], linestyle="", markersize=7.5, label=method, **{k: v for k, v in style.items() if k != "zorder"})
         for method, style in styles.items()
     ]
     handles += [

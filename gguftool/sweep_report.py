@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import megabytes, with_error
-from .tradeoff import Point, Verdict, curve, front, judge, wins_up_to
+from .tradeoff import Point, Verdict, at_each_size, curve, front, judge, winning_sizes
 
 PRUNED, CONTROL, UNPRUNED = "pruned", "control", "unpruned"
 
@@ -149,8 +149,17 @@ class SweepReport:
 
     def verdicts(self, group: str) -> list[Verdict]:
         """Every pruned and quantized row against quantizing alone; controls are left out."""
-        line = curve([row.point(group) for row in self.rows if row.name.kind == UNPRUNED])
-        return [judge(row.point(group), line) for row in self.rows if row.name.kind == PRUNED and row.name.quantized]
+        return [judge(point, self._line(group)) for point in self._contenders(group)]
+
+    def at_each_size(self, group: str) -> list[Verdict]:
+        """The best of them at each of their sizes."""
+        return at_each_size(self._contenders(group), self._line(group))
+
+    def _contenders(self, group: str) -> list[Point]:
+        return [row.point(group) for row in self.rows if row.name.kind == PRUNED and row.name.quantized]
+
+    def _line(self, group: str) -> list[Point]:
+        return curve([row.point(group) for row in self.rows if row.name.kind == UNPRUNED])
 
     def as_dict(self) -> dict[str, Any]:
         """For sweep.json and --json."""
@@ -175,7 +184,9 @@ class SweepReport:
             "against_quantizing_alone": {
                 group: {
                     "conclusion": self.conclusion(group),
-                    "wins_up_to_bytes": limit if (limit := wins_up_to(self.verdicts(group))) is None else round(limit),
+                    "winning_bytes": [
+                        [round(low), round(high)] for low, high in winning_sizes(self.at_each_size(group))
+                    ],
                     "rows": [_verdict_facts(verdict) for verdict in self.verdicts(group)],
                 }
                 for group in self.base
@@ -197,26 +208,26 @@ class SweepReport:
     def conclusion(self, group: str) -> str:
         """From which size on prune + quantize beats quantize alone, or that it does not."""
         verdicts = self.verdicts(group)
-        closed = [verdict for verdict in verdicts if verdict.outcome != "open"]
+        outcomes = [verdict.outcome for verdict in verdicts]
+        best = self.at_each_size(group)
         if not verdicts:
             return f"{group}: nothing was pruned and quantized, so there is nothing to compare with quantizing alone"
-        if not closed:
-            return f"{group}: open; no pruned and quantized file is of a size that unpruned ones were measured at"
-        counts = ", ".join(
-            f"{sum(verdict.outcome == outcome for verdict in verdicts)} {outcome}"
-            for outcome in ("win", "tie", "loss", "open")
-            if any(verdict.outcome == outcome for verdict in verdicts)
-        )
-        limit = wins_up_to(verdicts)
-        wins = [verdict for verdict in verdicts if verdict.outcome == "win"]
-        if limit is not None:
-            said = f"at {megabytes(round(limit))} and below, the best prune + quantize beats quantize alone"
-        elif wins:
-            where = ", ".join(f"{verdict.point.label} ({megabytes(round(verdict.point.bytes))})" for verdict in wins)
-            said = f"prune + quantize beats quantize alone only in places: {where}"
+        if not best:
+            return f"{group}: open, as no pruned and quantized file is of a size that unpruned ones were measured at"
+        ranges = winning_sizes(best)
+        sizes = (best[0].point.bytes, best[-1].point.bytes)
+        if not ranges:
+            said = f"prune + quantize does not beat quantize alone at any size measured ({_range(sizes)})"
+        elif ranges == [sizes]:
+            said = f"prune + quantize beats quantize alone at every size measured ({_range(sizes)})"
+        elif len(ranges) == 1 and ranges[0][0] == sizes[0]:
+            low, high = (megabytes(round(size)) for size in ranges[0])
+            where = f"from {high} down to {low}" if low != high else f"at {low}, the smallest size compared"
+            said = f"prune + quantize beats quantize alone {where}, not above"
         else:
-            said = "prune + quantize does not beat quantize alone at any size measured"
-        return f"{group}: {said} [{counts}]"
+            said = f"prune + quantize beats quantize alone at {' and at '.join(map(_range, ranges))}, not elsewhere"
+        counts = (f"{outcomes.count(name)} {name}" for name in ("win", "tie", "loss", "open") if name in outcomes)
+        return f"{group}: {said} [{', '.join(counts)}]"
 
     def _head(self) -> list[str]:
         seeds = ["ppl, seeds", "KL, seeds"] if self._has_spread else []
@@ -271,6 +282,11 @@ class SweepReport:
                 lines += [f"| {' | '.join(_verdict_cells(verdict))} |" for verdict in verdicts]
         lines += ["", self.protocol, "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
+
+
+def _range(sizes: tuple[float, float]) -> str:
+    low, high = (megabytes(round(size)) for size in sizes)
+    return low if low == high else f"{low} to {high}"
 
 
 def _verdict_facts(verdict: Verdict) -> dict[str, Any]:

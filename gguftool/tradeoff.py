@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from math import exp, hypot, log
 
 from .divergence import Estimate
@@ -101,18 +101,20 @@ def _outcome(point: Point, rival: Estimate) -> str:
     return "win" if difference < 0 else "loss"
 
 
-def wins_up_to(verdicts: Sequence[Verdict]) -> float | None:
-    """The size up to which the best pruned and quantized file always beats quantizing alone; None where there is none.
+def at_each_size(points: Sequence[Point], line: Sequence[Point]) -> list[Verdict]:
+    """What the best pruned and quantized file can do at each size at which there is one, the smallest first.
 
-    Only the verdicts' own Pareto front counts, and what is open says nothing: the sizes are gone through from the
-    smallest on until one does not win.
+    The best at a size is the least divergent file that is at most as large; it is judged as if it were of that size.
+    Sizes that are open are left out.
     """
-    points = [verdict.point for verdict in verdicts]
-    best = [verdict for verdict, stays in zip(verdicts, front(points), strict=True) if stays]
-    limit = None
-    for verdict in sorted(best, key=lambda v: v.point.bytes):
-        if verdict.outcome == "win":
-            limit = verdict.point.bytes
-        elif verdict.outcome != "open":
-            break
-    return limit
+    found = []
+    for size in sorted({point.bytes for point in points}):
+        best = min((point for point in points if point.bytes <= size), key=lambda point: point.kl)
+        found.append(judge(replace(best, bytes=size), line))
+    return [verdict for verdict in found if verdict.outcome != "open"]
+
+
+def winning_sizes(verdicts: Sequence[Verdict]) -> list[tuple[float, float]]:
+    """The ranges of measured sizes, from and to, in which every verdict of `at_each_size` is a win."""
+    runs = [(won, [v.point.bytes for v in run]) for won, run in groupby(verdicts, key=lambda v: v.outcome == "win")]
+    return [(sizes[0], sizes[-1]) for won, sizes in runs if won]

@@ -19,7 +19,7 @@ from gguftool.pipeline import Job, Workspace, prepare
 from gguftool.stats import CalibrationStats
 from gguftool.sweep import Grid, parse_groups, parse_targets
 from gguftool.sweep_report import CONTROL, PRUNED, UNPRUNED, Name, Score, SweepReport, SweepRow
-from gguftool.tradeoff import Point, Verdict, curve, front, interpolate, judge, wins_up_to
+from gguftool.tradeoff import Point, Verdict, at_each_size, curve, front, interpolate, judge, winning_sizes
 from gguftool.variants import Variant, parse_variant
 from models import sample_text, tiny_checkpoint
 
@@ -107,17 +107,28 @@ def test_verdicts_by_hand(point: Point, outcome: str) -> None:
     assert judge(point, []) == Verdict(point, None, "open")
 
 
-def test_from_which_size_on_pruning_wins() -> None:
-    def verdicts(*outcomes: str) -> list[Verdict]:
-        """Files of 10, 20, ... bytes, all of them on their front."""
-        return [Verdict(Point("", 10 * (i + 1), 1 / (i + 1)), None, outcome) for i, outcome in enumerate(outcomes)]
+def test_at_each_size_the_best_that_fits_is_judged() -> None:
+    line = [Point("", 100, 1.0), Point("", 200, 0.1), Point("", 300, 0.01)]
+    points = [
+        Point("a", 120, 0.5),
+        Point("beaten", 150, 0.9),
+        Point("b", 250, 0.5),
+        Point("c", 280, 0.4),
+        Point("d", 90, 2.0),
+    ]
+    # On the line: 120 -> 0.63, 150 -> 0.32, 250 -> 0.032, 280 -> 0.016. d is open; a is the best at 120, 150 and 250.
+    found = [(v.point.label, v.point.bytes, v.outcome) for v in at_each_size(points, line)]
+    assert found == [("a", 120, "win"), ("a", 150, "loss"), ("a", 250, "loss"), ("c", 280, "loss")]
 
-    assert wins_up_to(verdicts("win", "win", "loss", "win")) == 20
-    assert wins_up_to(verdicts("open", "win", "tie")) == 20
-    assert wins_up_to(verdicts("loss", "win")) is None and wins_up_to([]) is None
-    # a file that a smaller one beats does not stop it
-    beaten = Verdict(Point("", 15, 5.0), None, "loss")
-    assert wins_up_to([*verdicts("win", "win"), beaten]) == 20
+
+def test_ranges_of_sizes_in_which_pruning_wins() -> None:
+    def sizes(*outcomes: str) -> list[tuple[float, float]]:
+        """For files of 10, 20, ... bytes."""
+        return winning_sizes([Verdict(Point("", 10 * (i + 1), 1), None, o) for i, o in enumerate(outcomes)])
+
+    assert sizes("win", "win", "loss", "win") == [(10, 20), (40, 40)]
+    assert sizes("tie", "win", "win") == [(20, 30)]
+    assert sizes("loss", "tie") == sizes() == []
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
@@ -162,7 +173,7 @@ def test_a_report_says_where_pruning_wins() -> None:
     rows = [row("global", PRUNED, r, "Q4_K_M", size, kl) for r, size, kl in ((0.25, 4.1e6, 0.03), (0.5, 3.1e6, 0.04))]
     found = report([*rows, row("random", CONTROL, 0.5, "Q4_K_M", 3e6, 0.9), *unpruned()])
     assert found.conclusion("in") == (
-        "in: at 3.10 MB and below, the best prune + quantize beats quantize alone [1 win, 1 loss]"
+        "in: prune + quantize beats quantize alone at 3.10 MB, the smallest size compared, not above [1 win, 1 loss]"
     )
     facts = json.loads(json.dumps(found.as_dict()))
     assert [r["groups"]["in"]["front"] for r in facts["rows"]] == [False, True, True, True, True, True, False]
@@ -170,6 +181,14 @@ def test_a_report_says_where_pruning_wins() -> None:
     page = found.markdown()
     assert "| global 0.5 Q4_K_M | * | 3.10 MB |" in page and "| random 0.5 Q4_K_M | * |" in page
     assert "seeds" not in page and "## out" in page
+    assert facts["against_quantizing_alone"]["in"]["winning_bytes"] == [[3_100_000, 3_100_000]]
+    assert "at every size measured (3.10 MB)" in report([rows[1], *unpruned()]).conclusion("in")
+    # a loss at a smaller size does not hide a win above it
+    more = [row("a", PRUNED, 0.4, "Q4_K_M", 3.4e6, 0.03), row("b", PRUNED, 0.5, "Q4_K_M", 3.3e6, 0.09)]
+    said = report([rows[0], *more, *unpruned()]).conclusion("in")
+    assert said == "in: prune + quantize beats quantize alone at 3.40 MB, not elsewhere [1 win, 2 loss]"
+    said = report([*rows, more[0], *unpruned()]).conclusion("in")
+    assert said == "in: prune + quantize beats quantize alone from 3.40 MB down to 3.10 MB, not above [2 win, 1 loss]"
     losing = report([rows[0], *unpruned()])
     assert "does not beat quantize alone at any size" in losing.conclusion("in")
     assert "nothing was pruned and quantized" in report(unpruned()).conclusion("in")
