@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__, cli_bench, cli_runtime
+from . import __version__, cli_bench, cli_runtime, cli_sweep
 from .cli_options import (
     BACKEND_NAMES,
     FILE,
@@ -50,7 +50,8 @@ def run() -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo(
-            "\nstopped; calibrate, refit, compress and demo go on from here when they are started again", err=True
+            "\nstopped; calibrate, refit, compress, sweep and demo go on from here when they are started again",
+            err=True,
         )
         return 130
     except GgufToolError as error:
@@ -78,7 +79,7 @@ def cli() -> None:
     """
 
 
-for _command in (cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench):
+for _command in (cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench, cli_sweep.sweep):
     cli.add_command(_command)
 
 

@@ -38,7 +38,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool, **kwargs: Any) -> list[int]: ...
 
 
-def load_domain(path: Path, tokenizer: Tokenizer, n_ctx: int, max_windows: int | None = None) -> tuple[Domain, Tokens]:
+def load_domain(
+    path: Path, tokenizer: Tokenizer, n_ctx: int, max_windows: int | None = None, seed: int = 0
+) -> tuple[Domain, Tokens]:
     """Reads a text and cuts it into windows.
 
     `.txt` (or any other suffix) is one text; `.jsonl` holds a document a line in its field `text`, joined by the
@@ -46,15 +48,19 @@ def load_domain(path: Path, tokenizer: Tokenizer, n_ctx: int, max_windows: int |
     result is that of the unpacked bytes. Special tokens that the text spells out become special tokens, as they do in
     chat transcripts.
 
+    With a `seed` above 0 it is not the first `max_windows` windows that are taken but a sample of them, drawn without
+    replacement and kept in the order of the text; the domain then lists their numbers.
+
     Returns the domain and int64 token ids [windows, n_ctx], at most `max_windows` of them.
-    Raises GgufToolError for a file that is missing, empty, not UTF-8, badly formed or shorter than one window.
+    Raises GgufToolError for a file that is missing, empty, not UTF-8, badly formed or shorter than one window, and for
+    a text of which there is nothing to draw because all of it would be taken.
     """
     if n_ctx < 2:
         raise GgufToolError(f"a context of {n_ctx} tokens predicts nothing; it takes at least 2")
     if max_windows is not None and max_windows < 1:
         raise GgufToolError(f"{path}: {max_windows} windows were asked for; it takes at least 1")
     raw = _read(path)
-    wanted = None if max_windows is None else max_windows * n_ctx
+    wanted = None if max_windows is None or seed else max_windows * n_ctx
     bos = bos_token(tokenizer)
     tokens: list[int] = [] if bos is None else [bos]
     if _is_jsonl(path):
@@ -66,11 +72,29 @@ def load_domain(path: Path, tokenizer: Tokenizer, n_ctx: int, max_windows: int |
         raise GgufToolError(
             f"{path}: {len(tokens)} tokens do not fill one window of {n_ctx}; use more text or a shorter context"
         )
-    count = count if max_windows is None else min(count, max_windows)
+    sha256 = hashlib.sha256(raw).hexdigest()
+    chosen: tuple[int, ...] | None = None
+    if seed:
+        chosen = _sample(path, count, max_windows, [seed, int(sha256[:16], 16)])
+    elif max_windows is not None:
+        count = min(count, max_windows)
     windows = np.array(tokens[: count * n_ctx], dtype=np.int64).reshape(count, n_ctx)
+    if chosen is not None:
+        windows = windows[list(chosen)]
     if bos is not None:
         windows[:, 0] = bos
-    return Domain(path.name, hashlib.sha256(raw).hexdigest(), count * n_ctx), windows
+    return Domain(path.name, sha256, windows.size, chosen), windows
+
+
+def _sample(path: Path, count: int, wanted: int | None, seed: list[int]) -> tuple[int, ...]:
+    """The numbers of `wanted` windows out of `count`, in order."""
+    if wanted is None or wanted >= count:
+        raise GgufToolError(
+            f"{path}: it has {count} windows and {'all' if wanted is None else wanted} would be taken, so another seed "
+            "would not take others; take fewer (--windows), or give more text"
+        )
+    drawn = np.random.default_rng(seed).choice(count, wanted, replace=False)
+    return tuple(sorted(drawn.tolist()))
 
 
 def read_text(path: Path) -> str:

@@ -8,7 +8,7 @@ divergence a floor of about 1e-5, and we keep the logits as they are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -187,6 +187,15 @@ class DivergenceSum:
         self._columns["base"].append(base.nll)
         self._columns["kld"].append(divergence(base_logits, base, logits, other))
         self._columns["same"].append(base.top == other.top)
+
+    @classmethod
+    def pooled(cls, parts: Iterable[DivergenceSum]) -> DivergenceSum:
+        """The positions of several texts, as if they had been added to one sum: all its statistics are exact."""
+        total = cls()
+        for part in parts:
+            for name, column in part._columns.items():
+                total._columns[name] += column
+        return total
 
     def result(self) -> Divergence:
         """The statistics of all positions added so far; at least one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,7 +17,7 @@ from .divergence import Divergence, DivergenceSum, Tokens
 from .errors import GgufToolError
 from .perplexity import LoadedModel, Options, Perplexity, Progress, Protocol, Session, file_facts, measure, open_session
 
-__all__ = ["Comparison", "Perplexity", "Protocol", "compare", "compare_many", "ln_ppl_tolerance", "measure"]
+__all__ = ["Comparison", "Perplexity", "Protocol", "compare", "compare_many", "ln_ppl_tolerance", "measure", "pool"]
 
 # Most KL divergence, in nats, by which a quantized model on one right backend may differ from itself on another: five
 # times what other kernels and roundings make of the built-in model (`selftest` has the numbers).
@@ -26,12 +26,13 @@ DEVICE_KLD = 5e-3
 
 @dataclass(frozen=True)
 class Comparison:
-    """A pruned file against its base."""
+    """A pruned file against its base. `scores` has what each position said, for `pool`."""
 
     base: Path
     pruned: Path
     divergence: Divergence
     protocol: Protocol
+    scores: DivergenceSum = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, nested: base.ppl, pruned.ppl_err, kld.mean, kld.p99, same_top, ..., and the protocol's."""
@@ -92,7 +93,12 @@ def compare_many(
             where = f"group {number + 1} of {len(groups)}" if len(groups) > 1 else "compare"
             sums += _run_group(session, model, group, windows, where, progress)
         protocol = model.protocol(windows, text)
-    return [Comparison(base, path, total.result(), protocol) for path, total in zip(pruned, sums, strict=True)]
+    return [Comparison(base, path, total.result(), protocol, total) for path, total in zip(pruned, sums, strict=True)]
+
+
+def pool(parts: Sequence[Comparison]) -> Divergence:
+    """One file on several texts as if they had been one: every scored position counts alike, quantiles are exact."""
+    return DivergenceSum.pooled(part.scores for part in parts).result()
 
 
 def _run_group(

@@ -96,6 +96,7 @@ class Job:
         calibration, evaluation: texts; the name of an evaluation text is its file's stem.
         windows: at most so many windows of a calibration text; None takes all.
         eval_windows: the same of an evaluation text.
+        seed: above 0, draw the windows of a calibration text instead of taking the first ones.
     """
 
     model: Path
@@ -109,6 +110,7 @@ class Job:
     eval_windows: int | None = None
     pre_tokenizer: str | None = None
     device: str = "cpu"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
     checkpoint = open_checkpoint(job.model)
     tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, job.n_ctx, job.windows) for path in job.calibration]
+    domains = [load_domain(path, tokenizer, job.n_ctx, job.windows, job.seed) for path in job.calibration]
     _check_evaluation(job, tokenizer)
     blank = CalibrationStats.blank(model_facts(checkpoint))
     for recipe in recipes:
@@ -146,7 +148,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
         calibrate(checkpoint, domains, scratch, device=job.device, progress=job.progress, out=path)
 
     key = inputs | {"texts": texts, "windows": windows, "n_ctx": job.n_ctx}
-    path = work.step("stats.safetensors", key, measure)
+    path = work.step(f"stats{f'-seed{job.seed}' if job.seed else ''}.safetensors", key, measure)
     return Prepared(checkpoint, base, CalibrationStats.load(path), domains)
 
 
@@ -182,7 +184,7 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
-def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit: bool = False) -> Built:
+def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit: bool | str = False) -> Built:
     """Plans, perhaps refits (or recombines, for dern), prunes and (with a target) quantizes one recipe.
 
     Files are named by the ecosystem's convention, <model>-<METHOD><percent>-<encoding>.gguf.

@@ -53,11 +53,15 @@ SOLVED = {"obs": "cost of neuron k at the moment when it goes, the others refitt
 
 @dataclass(frozen=True)
 class Domain:
-    """One calibration text: its file name, the sha256 of its bytes, and how many of its tokens were used."""
+    """One calibration text: its file name, the sha256 of its bytes, and how many of its tokens were used.
+
+    `windows` holds the numbers of the windows that were drawn from the text; None stands for the first ones.
+    """
 
     name: str
     sha256: str
     tokens: int
+    windows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class CalibrationStats:
         try:
             stats = cls(
                 model=_model_facts(header["model"]),
-                domains=tuple(Domain(**domain) for domain in header["domains"]),
+                domains=tuple(_domain(domain) for domain in header["domains"]),
                 n_ctx=int(header["n_ctx"]),
                 experts=_with_prefix(arrays, "expert."),
                 neurons=_with_prefix(arrays, "neuron."),
@@ -218,6 +222,11 @@ class CalibrationStats:
 
 def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _domain(raw: dict[str, Any]) -> Domain:
+    drawn = raw.get("windows")
+    return Domain(**{**raw, "windows": None if drawn is None else tuple(map(int, drawn))})
 
 
 def _model_facts(raw: dict[str, Any]) -> ModelFacts:

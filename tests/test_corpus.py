@@ -51,6 +51,30 @@ def test_at_most_max_windows(tmp_path):
     assert domain.tokens == 6
 
 
+def test_a_seed_draws_whole_windows_in_the_order_of_the_text(tmp_path):
+    path = write(tmp_path / "a.txt", "".join(f"{number:03}" for number in range(50)) + "x")
+    first, windows = load_domain(path, Letters(), 3, 8)
+    assert spelled(windows) == [f"{number:03}" for number in range(8)] and first.windows is None
+    drawn, windows = load_domain(path, Letters(), 3, 8, seed=1)
+    assert spelled(windows) == [f"{number:03}" for number in drawn.windows]
+    assert list(drawn.windows) == sorted(set(drawn.windows)) and len(drawn.windows) == 8 and max(drawn.windows) > 8
+    assert drawn.tokens == first.tokens == 24 and drawn.sha256 == first.sha256
+    assert load_domain(path, Letters(), 3, 8, seed=1)[0] == drawn != load_domain(path, Letters(), 3, 8, seed=2)[0]
+    assert all(row[0] == 1 for row in load_domain(path, Letters(bos=True), 3, 8, seed=1)[1])
+
+
+def test_a_seed_draws_from_all_documents(tmp_path):
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": f"{number:02}"}) + "\n" for number in range(60)))
+    drawn, windows = load_domain(path, Letters(), 3, 4, seed=3)
+    assert spelled(windows) == [f"{number:02}$" for number in drawn.windows] and max(drawn.windows) > 4
+
+
+@pytest.mark.parametrize("windows", [None, 3, 4])
+def test_a_seed_needs_something_to_leave_out(tmp_path, windows):
+    with pytest.raises(GgufToolError, match="has 3 windows"):
+        load_domain(write(tmp_path / "a.txt", "abcdefghij"), Letters(), 3, windows, seed=1)
+
+
 def test_a_bos_stands_before_the_text_and_at_the_start_of_every_window(tmp_path):
     """As llama-perplexity has it: ^abcdefghij is cut, then the first token of every window is overwritten."""
     _, windows = load_domain(write(tmp_path / "a.txt", "abcdefghijk"), Letters(bos=True), 4)

@@ -111,6 +111,20 @@ def test_windows_add_up() -> None:
     assert whole.result().tokens == 20
 
 
+def test_texts_are_pooled_exactly() -> None:
+    rng = np.random.default_rng(1)
+    base, other = rng.normal(size=(2, 30, 40)).astype(np.float32)
+    targets = rng.integers(0, 40, 30).astype(np.int32)
+    whole, texts = DivergenceSum(), [DivergenceSum(), DivergenceSum()]
+    for total, rows in ((texts[0], slice(0, 10)), (texts[0], slice(10, 12)), (texts[1], slice(12, 30))):
+        scores = score(base[rows], targets[rows]), score(other[rows], targets[rows])
+        for sums in (total, whole):
+            sums.add(base[rows], scores[0], other[rows], scores[1])
+    before = texts[0].result()
+    assert DivergenceSum.pooled(texts).result() == whole.result()
+    assert texts[0].result() == before and before.tokens == 12
+
+
 # --- against llama-perplexity -------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ ROWS = [
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
     ({"saliency", "plan", "tiers", "encoding"}, {"numpy"}),
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
-    ({"planner"}, {"numpy"}),
+    ({"planner", "variants"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"corpus", "checkpoint", "surgery", "cut", "requant", "router_fix"},
      {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
@@ -36,17 +36,19 @@ ROWS = [
     ({"launch"}, set()),
     ({"forward"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
+    ({"tradeoff"}, set()),
     ({"perplexity"}, {"numpy", "llama_cpp"}),
     ({"calibrate", "refit", "dern", "writer", "expand", "quantize", "convert", "evaluate", "inspection"},
      {"numpy", "torch", "transformers", "gguf", "llama_cpp"}),
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
     ({"crosscheck", "selftest", "selftest_worker"}, {"numpy"}),
     ({"report", "terminal"}, {"rich"}),
-    ({"runtime_report"}, {"rich"}),
+    ({"runtime_report", "sweep_report"}, {"rich"}),
+    ({"plot"}, {"matplotlib"}),
     ({"pipeline"}, {"numpy"}),
-    ({"demo"}, set()),
+    ({"demo", "sweep"}, set()),
     ({"cli_options"}, {"click"}),
-    ({"cli_runtime", "cli_bench"}, {"click"}),
+    ({"cli_runtime", "cli_bench", "cli_sweep"}, {"click"}),
     ({"cli"}, {"click", "rich"}),
     ({"__main__"}, set()),
 ]  # fmt: skip
@@ -97,7 +99,7 @@ def test_every_command_and_option_has_help_and_stands_in_the_readme():
 def test_help_is_quick_and_imports_nothing_heavy():
     code = "import sys; from gguftool.cli import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "numpy", "gguf", "transformers", "llama_cpp", "rich"} & set(done.stdout.split())
+    assert not {"torch", "numpy", "gguf", "transformers", "llama_cpp", "rich", "matplotlib"} & set(done.stdout.split())
     times = []
     for _ in range(3):
         start = time.perf_counter()

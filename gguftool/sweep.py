@@ -1,0 +1,394 @@
+"""sweep: methods x ratios x encodings on one model, each measured for its size and its KL divergence. Resumable.
+
+Model files are made, measured and removed, at most `BATCH` of them at a time; the base runs once for each text and
+batch. What was measured stays in `rows/`, a small file for each model and group of texts, named after everything that
+the numbers depend on. A sweep that was stopped, or asked for more, measures what is not there yet and nothing else.
+
+Peak disk, without --keep-files: the base GGUF, the stats of every seed, BATCH measured files, and for one method at one
+ratio the pruned file of the base's types with its refitted weights. Fewer files are kept at a time where the disk is
+short. Peak memory: that of `calibrate` (a layer, and the sums), the stats of one seed, or the base and as many of a
+batch as fit into half of the machine's memory, whichever is most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import __version__, encoding
+from .checkpoint import open_checkpoint
+from .corpus import load_domain, read_text
+from .errors import GgufToolError
+from .evaluate import Comparison, compare_many, pool
+from .gguf_file import GgufFile
+from .inventory import model_facts
+from .pipeline import Job, Prepared, Say, Workspace, build, prepare, quantize_base
+from .planner import fingerprint, make_plan
+from .recipe import Recipe
+from .stats import CalibrationStats
+from .sweep_report import CONTROL, PRUNED, UNPRUNED, Name, SweepReport, SweepRow
+from .variants import Variant
+
+BATCH = 8
+ROW_FORMAT, ROW_VERSION = "gguftool.sweep-row", 1
+SCRATCH = "sweep.work"
+_GROUP = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a sweep is asked for.
+
+    Attributes:
+        variants, ratios, targets: every one of each with all others; a target of None keeps the base's types.
+        unpruned: targets of the unpruned model.
+        groups: texts to measure on, by the name of their group; a group is measured as one long text.
+        seeds: calibrations; the first takes the first windows of each text, every other a sample of them.
+        keep_files: do not remove the model files.
+    """
+
+    variants: Sequence[Variant]
+    ratios: Sequence[float]
+    targets: Sequence[str | None]
+    unpruned: Sequence[str]
+    groups: Mapping[str, Sequence[Path]]
+    seeds: int = 1
+    keep_files: bool = False
+
+
+def parse_groups(texts: Sequence[str]) -> dict[str, list[Path]]:
+    """GROUP:FILE or FILE, a group of its own named by its stem -> the files of each group.
+
+    Raises GgufToolError for a name that stands for two groups and a file that is in one group twice.
+    """
+    groups: dict[str, list[Path]] = {}
+    alone: set[str] = set()
+    for text in texts:
+        group, colon, rest = text.partition(":")
+        if colon and rest and _GROUP.fullmatch(group) and not Path(text).exists():
+            name, path = group, Path(rest)
+        else:
+            name, path = Path(text).stem, Path(text)
+            alone.add(name)
+        if path in groups.setdefault(name, []):
+            raise GgufToolError(f"--eval {text}: the file is in the group {name!r} already")
+        groups[name].append(path)
+    for name in sorted(alone):
+        if len(groups[name]) > 1:
+            raise GgufToolError(f"--eval: two groups would be called {name!r}; write GROUP:FILE with another name")
+    return groups
+
+
+def parse_targets(names: Sequence[str]) -> list[str | None]:
+    """Encodings by their own names, each once; `none` becomes None. Raises GgufToolError for an unknown one."""
+    found: list[str | None] = [None if name == "none" else encoding.parse_target(name).name for name in names]
+    return list(dict.fromkeys(found))
+
+
+def run(job: Job, out: Path, grid: Grid, say: Say) -> SweepReport:
+    """The whole sweep. `job.evaluation` is not looked at: the grid has the texts. Writes sweep.json and sweep.md."""
+    job = replace(job, evaluation=[path for paths in grid.groups.values() for path in paths], seed=0)
+    check(job, grid)
+    work = Workspace(out, say)
+    store = Store(out / "rows")
+    runs: dict[Name, list[dict[str, Any]]] = {}
+    base_type, source = "", None
+    for seed in range(grid.seeds):
+        source = prepare(replace(job, seed=seed), work, [])
+        base_type = encoding.file_type_name(int(GgufFile(source.base).value("general.file_type")))
+        bench = _Bench(replace(job, seed=seed), work, source, grid, store, say)
+        cells = bench.cells(base_type)
+        bench.measure(cells)
+        for candidate in (candidate for cell in cells for candidate in cell):
+            runs.setdefault(candidate.name, []).append(bench.run_facts(candidate))
+    assert source is not None
+    shutil.rmtree(out / SCRATCH, ignore_errors=True)
+    report = _report(job, grid, source, runs)
+    report.save(out)
+    return report
+
+
+def check(job: Job, grid: Grid) -> None:
+    """Raises GgufToolError for everything that can be known to be impossible before the first dear step."""
+    if grid.seeds < 1:
+        raise GgufToolError(f"--seeds {grid.seeds}: at least 1 calibration is needed")
+    if not grid.groups:
+        raise GgufToolError("a sweep needs texts to measure on: --eval GROUP:FILE")
+    if not grid.unpruned and not (grid.variants and grid.ratios and grid.targets):
+        raise GgufToolError("the sweep is empty: give --method, --ratio and --quant, or --unpruned")
+    for name in grid.unpruned:
+        encoding.parse_target(name)
+    checkpoint = open_checkpoint(job.model)
+    blank = CalibrationStats.blank(model_facts(checkpoint))
+    for variant, ratio, target in _combinations(grid):
+        variant.check(make_plan(blank, variant.recipe(ratio, target, 0)))
+    if grid.seeds > 1:
+        tokenizer = checkpoint.tokenizer()
+        for path in job.calibration:
+            load_domain(path, tokenizer, job.n_ctx, job.windows, seed=1)
+
+
+def _combinations(grid: Grid) -> list[tuple[Variant, float, str | None]]:
+    return [(v, ratio, target) for v in grid.variants for ratio in grid.ratios for target in grid.targets]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is to be measured.
+
+    Attributes:
+        key: everything that its file depends on.
+        kept: share of routed-expert parameters that stay.
+    """
+
+    name: Name
+    variant: Variant | None
+    recipe: Recipe | None
+    target: str | None
+    key: Mapping[str, Any]
+    kept: float
+    formula: str
+    notes: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """A short name of `key`."""
+        return _digest(self.key)
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The measurements, a file for each model and group, named by what it depends on."""
+
+    folder: Path
+
+    def load(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was measured under this key, or None where it was not, or the file is damaged."""
+        try:
+            found = json.loads(self.path(key).read_text(encoding="utf-8"))
+            same = (found["format"], found["version"], found["key"]) == (ROW_FORMAT, ROW_VERSION, key)
+            return dict(found["measured"]) if same else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, key: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+        """Keeps a measurement; the file appears whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(key)
+        partial = path.with_name(f"{path.name}.partial")
+        facts = {"format": ROW_FORMAT, "version": ROW_VERSION, "key": key, "measured": measured}
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Where the measurement of a key is."""
+        return self.folder / f"{_digest(key)}.json"
+
+
+class _Bench:
+    """One seed of a sweep: its candidates, and measuring them."""
+
+    def __init__(self, job: Job, work: Workspace, source: Prepared, grid: Grid, store: Store, say: Say) -> None:
+        self.job, self.work, self.source, self.grid, self.store, self.say = job, work, source, grid, store, say
+        self.scratch = work.folder / SCRATCH
+        self._facts: dict[str, Any] = {
+            "gguftool": __version__,
+            "base": work.state.get("base.gguf"),
+            "stats": fingerprint(source.stats),
+            "runtime": job.runtime.path.name,
+        }
+        self._groups = {
+            name: {
+                "texts": [hashlib.sha256(read_text(path).encode()).hexdigest() for path in paths],
+                "n_ctx": job.n_ctx,
+                "windows": job.eval_windows,
+                "backend": job.runtime.backend,
+            }
+            for name, paths in grid.groups.items()
+        }
+
+    def cells(self, base_type: str) -> list[list[Candidate]]:
+        """What belongs together because it shares a pruned file: a variant at a ratio in all targets.
+
+        The unpruned model comes last, each of its types alone, and only for the first seed.
+        """
+        seed, grid = self.job.seed, self.grid
+        cells = [
+            [self._pruned(variant, ratio, target, base_type) for target in grid.targets]
+            for variant in grid.variants
+            for ratio in grid.ratios
+        ]
+        return cells + [[self._unpruned(target)] for target in grid.unpruned if seed == 0]
+
+    def _pruned(self, variant: Variant, ratio: float, target: str | None, base_type: str) -> Candidate:
+        recipe = variant.recipe(ratio, target, self.job.seed)
+        plan = make_plan(self.source.stats, recipe)
+        label = f"{variant.name} {100 * ratio:g} %" + (f" {target}" if target else "")
+        kind = CONTROL if variant.is_control else PRUNED
+        quantized = target is not None and target not in encoding.FLOATS
+        name = Name(label, variant.name, kind, ratio, target or base_type, quantized)
+        key = self._facts | {"recipe": asdict(plan.recipe), "kept": plan.kept_hash, "refit": variant.refit}
+        return Candidate(name, variant, recipe, target, _plain(key), plan.kept_share, plan.formula, plan.notes)
+
+    def _unpruned(self, target: str) -> Candidate:
+        quantized = target not in encoding.FLOATS
+        name = Name(f"unpruned {target}", "none", UNPRUNED, 0.0, target, quantized)
+        return Candidate(name, None, None, target, _plain(self._facts | {"unpruned": target}), 1.0, "", ())
+
+    def missing(self, candidate: Candidate) -> list[str]:
+        """The groups that a candidate was not measured on yet."""
+        return [group for group in self.grid.groups if self.store.load(self._row_key(candidate, group)) is None]
+
+    def run_facts(self, candidate: Candidate) -> dict[str, Any]:
+        """What a row keeps of one seed; everything must have been measured."""
+        groups = {group: self.store.load(self._row_key(candidate, group)) for group in self.grid.groups}
+        size = next(iter(groups.values()), None) or {}
+        return {
+            "seed": self.job.seed, "bytes": size["bytes"], "kept": candidate.kept, "formula": candidate.formula,
+            "notes": list(candidate.notes), "groups": groups,
+        }  # fmt: skip
+
+    def measure(self, cells: Sequence[Sequence[Candidate]]) -> None:
+        """Makes and measures what is missing, in batches of whole cells."""
+        todo = [[candidate for candidate in cell if self.missing(candidate)] for cell in cells]
+        total, done = sum(len(cell) for cell in cells), sum(len(cell) for cell in cells) - sum(map(len, todo))
+        seed = f"seed {self.job.seed}: " if self.grid.seeds > 1 else ""
+        self.say(f"{seed}{done} of {total} models are measured already")
+        self._clear_scratch([candidate for cell in todo for candidate in cell])
+        batch: list[tuple[Candidate, Path]] = []
+        for cell in filter(None, todo):
+            if batch and (len(batch) + len(cell) > BATCH or self._is_disk_short(len(cell))):
+                self._measure_batch(batch)
+                done += len(batch)
+                self.say(f"{seed}{done} of {total} models are measured")
+                batch = []
+            batch += self._build(cell)
+        if batch:
+            self._measure_batch(batch)
+            self.say(f"{seed}{done + len(batch)} of {total} models are measured")
+
+    def _is_disk_short(self, n_files: int) -> bool:
+        """Whether a further cell may not fit: its files, its pruned file and refit, each at most as large as the base."""
+        need = (n_files + 2) * self.source.base.stat().st_size
+        return shutil.disk_usage(self.work.folder).free < need
+
+    def _clear_scratch(self, wanted: Sequence[Candidate]) -> None:
+        """Removes what a stopped run with other options left behind."""
+        names = {f"{candidate.digest}.gguf" for candidate in wanted} | {f"cell-{c.digest}" for c in wanted}
+        for path in self.scratch.glob("*"):
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _build(self, cell: Sequence[Candidate]) -> list[tuple[Candidate, Path]]:
+        """The files of a cell. Each is moved out of the cell's own folder when all are made, and the folder goes."""
+        paths = {candidate.digest: self._file(candidate) for candidate in cell}
+        if any(not path.exists() for path in paths.values()):
+            # Named by its first candidate, so that a stopped run finds it again.
+            work = Workspace(self.scratch / f"cell-{cell[0].digest}", self.say)
+            work.state["base.gguf"] = self.work.state["base.gguf"]
+            made = [
+                (candidate, self._make(candidate, work)) for candidate in cell if not paths[candidate.digest].exists()
+            ]
+            for candidate, path in made:
+                path.replace(paths[candidate.digest])
+            shutil.rmtree(work.folder)
+        return [(candidate, paths[candidate.digest]) for candidate in cell]
+
+    def _make(self, candidate: Candidate, work: Workspace) -> Path:
+        job, source = self.job, self.source
+        if candidate.recipe is None or candidate.variant is None:
+            assert candidate.target is not None
+            return quantize_base(job, work, source, candidate.target).path
+        return build(job, work, source, candidate.recipe, refit=candidate.variant.refit).path
+
+    def _file(self, candidate: Candidate) -> Path:
+        """Where a candidate's file lies until it is measured: where an earlier run kept it, or in the scratch folder."""
+        kept = self._kept(candidate)
+        return kept if kept.exists() else self.scratch / f"{candidate.digest}.gguf"
+
+    def _kept(self, candidate: Candidate) -> Path:
+        label = re.sub(r"[^A-Za-z0-9.+_-]+", "-", candidate.name.label.replace(" %", "").replace(",", "_"))
+        model = self.source.stats.model.name
+        return self.work.folder / "models" / f"{model}-{label}-{candidate.digest[:8]}.gguf"
+
+    def _measure_batch(self, batch: Sequence[tuple[Candidate, Path]]) -> None:
+        for group, texts in self.grid.groups.items():
+            missing = [(candidate, path) for candidate, path in batch if group in self.missing(candidate)]
+            if not missing:
+                continue
+            files = [path for _, path in missing]
+            found = [self._compare(files, group, path) for path in texts]
+            for index, (candidate, path) in enumerate(missing):
+                parts = [results[index] for results in found]
+                self.store.save(self._row_key(candidate, group), measured_facts(path, parts, texts))
+        for candidate, path in batch:
+            kept = self._kept(candidate)
+            if self.grid.keep_files and path != kept:
+                kept.parent.mkdir(exist_ok=True)
+                path.replace(kept)
+            elif path != kept:
+                path.unlink()
+
+    def _compare(self, files: Sequence[Path], group: str, text: Path) -> list[Comparison]:
+        job, backend = self.job, self.job.runtime.backend
+        job.progress(0, 1, f"measuring {len(files)} models on {group}: {text.name}")
+        return compare_many(
+            self.source.base, files, read_text(text), llama=job.llama, n_ctx=job.n_ctx, max_windows=job.eval_windows,
+            backend=backend, progress=job.progress, n_gpu_layers=job.runtime.n_gpu_layers,
+        )  # fmt: skip
+
+    def _row_key(self, candidate: Candidate, group: str) -> dict[str, Any]:
+        return {"model": candidate.key, "group": self._groups[group]}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def measured_facts(file: Path, parts: Sequence[Comparison], texts: Sequence[Path]) -> dict[str, Any]:
+    """One file on one group, its texts pooled: plain values, those of `Divergence.as_dict` among them."""
+    total = pool(parts)
+    ppl, base = total.ppl, total.base_ppl
+    return {
+        "bytes": file.stat().st_size, "ppl": ppl.value, "ppl_err": ppl.error, **total.as_dict(),
+        "base": {"ppl": base.value, "ppl_err": base.error},
+        "texts": [{"name": path.name, **part.protocol.as_dict()} for path, part in zip(texts, parts, strict=True)],
+    }  # fmt: skip
+
+
+def _report(job: Job, grid: Grid, source: Prepared, runs: Mapping[Name, Sequence[dict[str, Any]]]) -> SweepReport:
+    rows = [SweepRow(name, found) for name, found in runs.items()]
+    groups = rows[0].runs[0]["groups"]
+    base = {
+        name: {**facts["base"], "tokens": facts["tokens"], "texts": facts["texts"]} for name, facts in groups.items()
+    }
+    windows = "; ".join(
+        f"{name}: {sum(text['windows'] for text in facts['texts'])} windows, {facts['tokens']} tokens"
+        for name, facts in base.items()
+    )
+    protocol = (
+        f"llama-perplexity's protocol: windows of {job.n_ctx} tokens, second half scored ({windows}); KL divergence to "
+        f"the original in nats; ± is one standard error; backend {groups[next(iter(groups))]['texts'][0]['backend']}"
+    )
+    notes = [
+        f"calibrated on {', '.join(f'{domain.name} ({domain.tokens} tokens)' for domain in source.stats.domains)}",
+        "unpruned files are quantized with the imatrix of the same calibration, as pruned ones are",
+        "win and loss: by more than two standard errors of the difference to the unpruned files' line of log KL over size",
+    ]
+    if grid.seeds > 1:
+        notes.append(
+            f"means over {grid.seeds} calibrations, on the first windows of each text and on samples of it; 'seeds' is "
+            "the standard deviation over them, ± is the error from the choice of evaluation text"
+        )
+    return SweepReport(source.stats.model.name, source.base.stat().st_size, base, rows, protocol, tuple(notes))
