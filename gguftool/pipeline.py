@@ -229,7 +229,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     return Built(f"{label} {target}", plan, target, final, notes)
 
 
-def _check_refit(recipe: Recipe, refit: bool) -> None:
+def _check_refit(recipe: Recipe, refit: bool | str) -> None:
     if refit and recipe.method == "dern":
         raise GgufToolError(
             "--refit: dern makes new weights of its own, and a model takes one set of them; leave it out"
