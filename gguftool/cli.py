@@ -256,14 +256,20 @@ def prune(
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan whose experts to refit.")
 @data_option
 @click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --weights`.")
+@click.option(
+    "--how",
+    default="",
+    type=click.Choice(["plain", "sequential"]),
+    help="Every layer for itself, or one after the other.  [default: by the plan's method]",
+)
 @n_ctx_option
 @windows_option
 @device_option
 @force_option
 @output_options
 def refit(
-    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str,
-    force: bool, as_json: bool, quiet: bool,
+    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str, n_ctx: int, windows: int | None,
+    device: str, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
 
@@ -272,12 +278,15 @@ def refit(
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output
+    from .methods import method
     from .plan import PrunePlan
-    from .refit import refit as run
+    from .refit import refit as plainly
+    from .sequential import refit_sequentially
 
     check_output(out, force, plan_path, *data)
     terminal = make_terminal(as_json, quiet)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
+    run = refit_sequentially if (how or method(plan.recipe.method).refitted) == "sequential" else plainly
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
     with terminal.progress() as progress:
@@ -468,7 +477,12 @@ def _validate_on(
     "--eval", "evaluation", type=FILE, multiple=True, required=True, help="Text to judge by; may be repeated."
 )
 @click.option("--quant", "target", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
-@click.option("--refit/--no-refit", default=False, show_default=True, help="Refit what stays; one more pass.")
+@click.option(
+    "--refit",
+    default="",
+    type=click.Choice(["plain", "sequential"]),
+    help="Refit what stays.  [default: by the method]",
+)
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
 @recipe_options
 @n_ctx_option
@@ -479,7 +493,7 @@ def _validate_on(
 @backend_option
 @output_options
 def compress(
-    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: bool, out: Path, n_ctx: int,
+    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str, out: Path, n_ctx: int,
     windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
     as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip

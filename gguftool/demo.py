@@ -36,9 +36,9 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
     built: list[Built] = []
     for ratio in RATIOS:
         built += [build(job, work, source, Recipe(method, ratio)) for method in METHODS]
-        built.append(build(job, work, source, Recipe("global", ratio), refit=True))
+        built.append(build(job, work, source, Recipe("global", ratio), refit="plain"))
     built += [
-        build(job, work, source, Recipe("global", ratio, target=target), refit=True)
+        build(job, work, source, Recipe("global", ratio, target=target), refit="plain")
         for target in PRUNE_THEN_QUANTIZE
         for ratio in (0.25, 0.4)
     ]

@@ -41,7 +41,7 @@ class Method:
 
     Attributes:
         stock: its plans always fit the stock layout.
-        refitted: its plans are made for weights that are refitted, and are no good without.
+        refitted: how the weights of its plans are refitted, "plain" or "sequential"; "" where a plan stands without.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Method:
     source: str
     stock: bool
     decide: Callable[[CalibrationStats, Recipe, int], Decision]
-    refitted: bool = False
+    refitted: str = ""
 
 
 def drop_experts(
@@ -314,7 +314,12 @@ METHODS = {
     method.name: method
     for method in (
         Method(
-            "auto", "global slices by OBS costs, refitted: the best measured", "gguftool", False, _auto, refitted=True
+            "auto",
+            "global slices by OBS costs, refitted: the best measured",
+            "gguftool",
+            False,
+            _auto,
+            refitted="sequential",
         ),
         Method("global", "one budget of neuron slices over all experts and layers", "gguftool", False, _global),
         Method(

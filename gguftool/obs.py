@@ -11,6 +11,9 @@ they are no sums: two halves of a calibration do not add up to the whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -21,50 +24,74 @@ MIN_STEPS = 128
 
 
 @torch.no_grad()
-def eliminate(gram: Tensor, down: Tensor, tokens: int) -> Tensor:
-    """The cost of every neuron at the moment when it goes, [K] float64; sorting by it gives the order.
+def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
+    """What every neuron costs at the moment when it goes, float64 [E, K]; sorting by it gives the order.
 
     Costs rise along the order (a step that is cheaper than one before it counts like that one), so that the value of the
     best w neurons is concave in w. Where an expert saw few tokens, N < 2K, the refit corrects only N / 2K of the way, and
     the cost is mixed in that proportion with that of removing a neuron and leaving the others alone, C_kk ||W_:k||^2.
 
     Args:
-        gram: C, [K, K]. down: W, [d, K]. tokens: N, how many tokens C runs over.
+        grams: C, [E, K, K]. downs: W, [E, d, K]. tokens: N, how many tokens each C runs over, [E].
     """
+    # One expert at a time stays in the caches, and matrices as small as these lose by being shared among threads.
+    with _one_thread():
+        return torch.stack([_costs(*one) for one in zip(grams, downs, tokens.tolist(), strict=True)])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _costs(gram: Tensor, down: Tensor, tokens: float) -> Tensor:
+    gram, down = gram.double(), down.double()
     width = gram.shape[0]
-    gram = gram.double()
-    alone = gram.diagonal() * down.double().square().sum(dim=0)
+    alone = gram.diagonal() * down.square().sum(dim=0)
     ridge = RIDGE * gram.diagonal().mean()
     if not tokens or ridge <= 0:
         return alone
     damped = gram.clone()
     damped.diagonal().add_(ridge)
-    inverse = torch.linalg.inv(damped)
     # W enters only by its products: K x K instead of d x K.
-    product = down.double().T @ down.double()
-    cost = torch.zeros(width, dtype=torch.float64, device=gram.device)
-    stays = torch.ones(width, dtype=torch.bool, device=gram.device)
+    cost = _eliminate(torch.linalg.inv(damped), down.T @ down)
+    sure = min(1.0, tokens / (2 * width))
+    return sure * cost + (1 - sure) * alone
+
+
+def _eliminate(inverse: Tensor, product: Tensor) -> Tensor:
+    """The costs from [C + ridge]^-1 and W^T W, both [K, K]; they are used up."""
+    width = inverse.shape[0]
+    cost = torch.zeros(width, dtype=torch.float64, device=inverse.device)
+    stays = torch.ones(width, dtype=torch.bool, device=inverse.device)
     step = max(1, width // MIN_STEPS)
     floor = 0.0
-    while (left := int(stays.sum())) > 0:
-        single = torch.where(stays, product.diagonal() / inverse.diagonal(), torch.inf)
-        gone = torch.topk(single, min(step, left), largest=False, sorted=True).indices
-        block = torch.linalg.inv(inverse[gone][:, gone])
-        together = float((product[gone][:, gone] * block).sum())
-        share = single[gone].clamp(min=0) / single[gone].clamp(min=0).sum().clamp(min=1e-300)
-        for index, value in zip(gone.tolist(), (share * max(together, 0.0)).tolist(), strict=True):
+    for left in range(width, 0, -step):
+        single = torch.where(stays, (product.diagonal() / inverse.diagonal()).clamp(min=0), torch.inf)
+        cheapest = torch.topk(single, min(step, left), largest=False, sorted=True)
+        gone = cheapest.indices
+        of_inverse, of_product = inverse[gone], product[gone]
+        block, inner = torch.linalg.inv(of_inverse[:, gone]), of_product[:, gone]
+        # What the step costs is shared out by what each of its neurons would cost alone.
+        together = (inner * block).sum().clamp(min=0)
+        share = cheapest.values / cheapest.values.sum().clamp(min=1e-300)
+        for index, value in zip(gone.tolist(), (share * together).tolist(), strict=True):
             # A hair above the one before, so that equal costs keep their order.
             floor = max(value, floor * (1 + 1e-9) + 1e-300)
             cost[index] = floor
-        move = inverse[:, gone] @ block
-        product = product - product[:, gone] @ move.T - move @ product[gone] + move @ product[gone][:, gone] @ move.T
-        inverse = inverse - move @ inverse[gone]
+        move = of_inverse.T @ block
+        change = move @ of_product
+        product += move @ inner @ move.T - change - change.T
+        inverse -= move @ of_inverse
         stays[gone] = False
         # What is gone takes no part: a unit diagonal keeps the quotient finite.
-        inverse[gone] = 0
-        inverse[:, gone] = 0
-        inverse[gone, gone] = 1
-        product[gone] = 0
-        product[:, gone] = 0
-    sure = min(1.0, tokens / (2 * width))
-    return sure * cost + (1 - sure) * alone
+        for matrix, diagonal in ((inverse, 1.0), (product, 0.0)):
+            matrix[gone] = 0
+            matrix[:, gone] = 0
+            matrix[gone, gone] = diagonal
+    return cost

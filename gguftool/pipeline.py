@@ -37,6 +37,7 @@ from .refit import can_refit
 from .refit import refit as refit_weights
 from .report import Report, Row
 from .runtime import Runtime
+from .sequential import refit_sequentially
 from .stats import CalibrationStats, Domain
 from .writer import prune
 
@@ -184,10 +185,13 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
-def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit: bool | str = False) -> Built:
+def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit: str = "") -> Built:
     """Plans, perhaps refits (or recombines, for dern), prunes and (with a target) quantizes one recipe.
 
     Files are named by the ecosystem's convention, <model>-<METHOD><percent>-<encoding>.gguf.
+
+    Args:
+        refit: "plain", "sequential", or "" for what the method asks for.
     """
     _check_refit(recipe, refit)
     stats, base, target = source.stats, source.base, recipe.target
@@ -203,9 +207,11 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     kept: dict[str, Any] = {"kept": plan.kept_hash, "stats": inputs["stats"], "base": inputs["base"], "refit": refit}
     weights = None
     if refit and can_refit(source.checkpoint, plan):
-        path = work.step(f"{stem}.refit.safetensors", kept, lambda path: _refit(job, work, source, plan, path))
+        name = f"{stem}.refit{'-sequential' if refit == 'sequential' else ''}.safetensors"
+        path = work.step(name, kept, lambda path: _refit(job, work, source, plan, refit, path))
         weights = Overrides.load(path)
-        stem, label = f"{stem}R", f"{label} + refit"
+        sequential = refit == "sequential"
+        stem, label = f"{stem}{'RS' if sequential else 'R'}", f"{label} + {'sequential ' if sequential else ''}refit"
     elif recipe.method == "dern" and drops_experts(plan):
         path = work.step(
             f"{stem}.dern.safetensors",
@@ -229,16 +235,17 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     return Built(f"{label} {target}", plan, target, final, notes)
 
 
-def _check_refit(recipe: Recipe, refit: bool | str) -> None:
+def _check_refit(recipe: Recipe, refit: str) -> None:
     if refit and recipe.method == "dern":
         raise GgufToolError(
             "--refit: dern makes new weights of its own, and a model takes one set of them; leave it out"
         )
 
 
-def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, path: Path) -> None:
+def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, how: str, path: Path) -> None:
     scratch = work.folder / "refit.work"
-    fitted = refit_weights(source.checkpoint, plan, source.domains, scratch, device=job.device, progress=job.progress)
+    fit = refit_sequentially if how == "sequential" else refit_weights
+    fitted = fit(source.checkpoint, plan, source.domains, scratch, device=job.device, progress=job.progress)
     fitted.save(path)
 
 
@@ -300,7 +307,7 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     return Report(model, base.stat().st_size, base_values, rows, protocol, tuple(notes))
 
 
-def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: bool = False) -> Report:
+def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") -> Report:
     """The whole line for one recipe; the report stands beside the files in `out`."""
     target = recipe.target
     if not job.evaluation:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import GgufToolError
-from .obs import eliminate
+from .obs import costs
 from .router_fix import RouterFix
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
@@ -102,8 +102,7 @@ class ExpertRecorder:
         found |= {f"neuron.{name}": value.cpu().numpy() for name, value in self.neurons.items()}
         if self.grams is not None:
             down, tokens = self.module.get_parameter("down_proj"), self.experts["count"].sum(dim=0)
-            costs = [eliminate(gram, down[e], int(tokens[e])) for e, gram in enumerate(self.grams)]
-            found["neuron.obs"] = torch.stack(costs).cpu().numpy()
+            found["neuron.obs"] = costs(self.grams, down, tokens).cpu().numpy()
         return found | {"expert_inputs": self.inputs.cpu().numpy()}
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:

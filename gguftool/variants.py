@@ -10,7 +10,7 @@ from .plan import PrunePlan
 from .recipe import Recipe
 
 # What may follow a method's name -> what `pipeline.build` is told by `refit`.
-MODIFIERS: dict[str, bool | str] = {"": False, "+refit": True}
+MODIFIERS = {"": "", "+refit": "plain", "+refit=sequential": "sequential"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Variant:
 
     name: str
     method: str
-    refit: bool | str = False
+    refit: str = ""
 
     @property
     def is_control(self) -> bool:

@@ -78,7 +78,7 @@ class WorkDir:
                 raise GgufToolError(f"{partial}: {stream.tell()} bytes were written, not {self._bytes()}")
         partial.replace(target)
 
-    def advance(self, sums: Mapping[str, NDArray[np.float64]] | None = None) -> None:
+    def advance(self, sums: Mapping[str, NDArray[Any]] | None = None) -> None:
         """Marks layer `position` done with these sums (None: the embedding is done) and frees its input."""
         finished = self.position
         with _stated(self.path):

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from gguftool.errors import GgufToolError
-from gguftool.obs import RIDGE, eliminate
+from gguftool.obs import RIDGE, costs
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
 from gguftool.saliency import neuron_criterion
 from synthetic import make_stats
+
+
+def eliminate(gram, down, tokens):
+    """The costs of one expert, [K]."""
+    return costs(gram[None], down[None], torch.tensor([tokens]))[0]
 
 
 def test_independent_neurons_cost_what_they_bring():
@@ -84,3 +89,15 @@ def test_stats_without_costs_say_so():
     worst = np.argsort(stats.neurons["obs"][0, 0])
     kept = plan.layers[0].retained[0]
     assert not set(kept) & set(worst[: 64 - len(kept)])
+
+
+def test_each_expert_is_worked_on_for_itself():
+    rng = np.random.default_rng(3)
+    h = torch.tensor(rng.standard_normal((5, 60, 12)))
+    h[2] = 0  # a silent expert
+    grams, downs = h.transpose(1, 2) @ h, torch.tensor(rng.standard_normal((5, 7, 12)))
+    tokens = torch.tensor([60, 12, 60, 0, 60])
+    together = costs(grams, downs, tokens)
+    for gram, down, n, own in zip(grams, downs, tokens, together, strict=True):
+        assert torch.allclose(eliminate(gram, down, int(n)), own)
+    assert together[2].tolist() == [0.0] * 12 and torch.isfinite(together).all()

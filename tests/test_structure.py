@@ -40,6 +40,7 @@ ROWS = [
     ({"perplexity"}, {"numpy", "llama_cpp"}),
     ({"calibrate", "refit", "dern", "writer", "expand", "quantize", "convert", "evaluate", "inspection"},
      {"numpy", "torch", "transformers", "gguf", "llama_cpp"}),
+    ({"sequential"}, {"numpy", "torch"}),
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
     ({"crosscheck", "selftest", "selftest_worker"}, {"numpy"}),
     ({"report", "terminal"}, {"rich"}),
