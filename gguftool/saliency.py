@@ -146,7 +146,12 @@ def lookup(rows: dict[str, _Row], name: str, what: str) -> _Row:
 
 def super_experts(stats: CalibrationStats) -> list[tuple[int, int]]:
     """(layer row, expert) of every super expert (arXiv 2507.23279): its largest |down output| is above the 99.5th
-    percentile over all experts and above a tenth of the largest of all. Dropping one is known to ruin a model."""
+    percentile over all experts and above a tenth of the largest of all. Dropping one is known to ruin a model.
+
+    In a model with fewer than 200 experts there is always one above that percentile. There it has to be an outlier as well:
+    above ten times the median, which is our addition."""
     peak = stats.expert("max_out")
     bar = max(float(np.percentile(peak, 99.5)), 0.1 * float(peak.max()))
+    if peak.size < 200:
+        bar = max(bar, 10 * float(np.median(peak)))
     return [(int(row), int(expert)) for row, expert in zip(*np.nonzero(peak > bar), strict=True)]

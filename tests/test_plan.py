@@ -161,6 +161,8 @@ def test_super_experts_are_protected_and_reported():
     assert layers[0].router == (3, 5, 6, 7) and "super expert 3" in notes[0]
     layers, notes = drop_experts(stats, saliency, Recipe("man", 0.5, guard=False))
     assert layers[0].router == (4, 5, 6, 7) and not notes
+    stats.experts["max_out"][0, 0, 3] = 9.0  # the largest of eight, but no outlier
+    assert super_experts(stats) == []
 
 
 def test_controls():
