@@ -129,14 +129,19 @@ def convert(
 @click.argument("model", type=FILE)
 @data_option
 @click.option("-o", "out", type=FILE, required=True, help="Stats to write.")
+@click.option(
+    "--obs/--no-obs",
+    default=None,
+    help="Solve OBS costs, for the method auto.  [default: where a layer's take 2 GiB at most]",
+)
 @n_ctx_option
 @windows_option
 @device_option
 @force_option
 @output_options
 def calibrate(
-    model: Path, data: tuple[Path, ...], out: Path, n_ctx: int, windows: int | None, device: str, force: bool,
-    as_json: bool, quiet: bool,
+    model: Path, data: tuple[Path, ...], out: Path, obs: bool | None, n_ctx: int, windows: int | None, device: str,
+    force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
 
@@ -153,7 +158,8 @@ def calibrate(
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
     with terminal.progress() as progress:
-        stats = run(checkpoint, domains, out.with_name(out.name + ".work"), device=device, progress=progress, out=out)
+        scratch = out.with_name(out.name + ".work")
+        stats = run(checkpoint, domains, scratch, device=device, obs=obs, progress=progress, out=out)
     facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
     unrouted = int((stats.expert("count") == 0).sum())
     terminal.show(
@@ -180,7 +186,7 @@ def methods(as_json: bool, quiet: bool) -> None:
 @cli.command()
 @click.argument("stats", type=FILE)
 @click.option("-o", "out", type=FILE, required=True, help="Plan to write.")
-@recipe_options
+@recipe_options("global")
 @click.option("--target", metavar="TYPE", help="Type that it will be quantized to (with --imatrix), as Q4_K_M.")
 @click.option("--tensors", is_flag=True, help="Print every tensor too.")
 @force_option
@@ -484,7 +490,7 @@ def _validate_on(
     help="Refit what stays.  [default: by the method]",
 )
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
-@recipe_options
+@recipe_options("auto")
 @n_ctx_option
 @windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")

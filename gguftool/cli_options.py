@@ -48,26 +48,30 @@ data_option = click.option(
     "--data", "data", type=FILE, multiple=True, required=True,
     help="Calibration text: .txt, or .jsonl with a field text. Give it once for each domain.",
 )  # fmt: skip
-recipe_options = combined(
-    click.option("--method", default="global", show_default=True, help="`gguftool methods` lists them."),
-    click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
-    click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
-    click.option("--criterion", help="Another criterion than the method's own."),
-    click.option("--align", type=int, help="Widths are multiples of this.  [default: by the target type]"),
-    click.option("--max-tiers", default=4, show_default=True, help="Most different widths in a layer."),
-    click.option(
-        "--layout", default="auto", show_default=True, type=click.Choice(["auto", "stock"]),
-        help="stock: only plans that any llama.cpp can run.",
-    ),
-    click.option("--whole", type=float, help="TENP: share of experts kept whole."),
-    click.option("--depth", default="1:2", show_default=True, help="TENP: weight of the first and of the last layer."),
-    click.option(
-        "--calibration", default="task", show_default=True, type=click.Choice(["task", "general"]),
-        help="family: what the calibration texts are; it picks the criterion.",
-    ),
-    click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
-    click.option("--seed", default=0, show_default=True, help="Of the random controls."),
-)  # fmt: skip
+
+
+def recipe_options(method: str) -> Callable[[Command], Command]:
+    """What a recipe is made of; `method` is the default."""
+    return combined(
+        click.option("--method", default=method, show_default=True, help="`gguftool methods` lists them."),
+        click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
+        click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
+        click.option("--criterion", help="Another criterion than the method's own."),
+        click.option("--align", type=int, help="Widths are multiples of this.  [default: by the target type]"),
+        click.option("--max-tiers", default=4, show_default=True, help="Most different widths in a layer."),
+        click.option(
+            "--layout", default="auto", show_default=True, type=click.Choice(["auto", "stock"]),
+            help="stock: only plans that any llama.cpp can run.",
+        ),
+        click.option("--whole", type=float, help="TENP: share of experts kept whole."),
+        click.option("--depth", default="1:2", show_default=True, help="TENP: weight of the first and of the last layer."),
+        click.option(
+            "--calibration", default="task", show_default=True, type=click.Choice(["task", "general"]),
+            help="family: what the calibration texts are; it picks the criterion.",
+        ),
+        click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
+        click.option("--seed", default=0, show_default=True, help="Of the random controls."),
+    )  # fmt: skip
 
 
 def make_terminal(as_json: bool = False, quiet: bool = False) -> Terminal:

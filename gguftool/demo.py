@@ -13,7 +13,7 @@ from .report import Report
 from .runtime import Runtime
 
 RATIOS = (0.25, 0.4, 0.5)
-METHODS = ("tenp", "man", "msan", "reap", "global", "random")
+METHODS = ("frequency", "man", "msan", "reap", "gated-sum", "dern", "tenp", "global", "random")
 PRUNE_THEN_QUANTIZE = ("Q8_0", "Q4_K_M")
 QUANTIZE_ONLY = ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 
@@ -32,13 +32,14 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
         pre_tokenizer="qwen2",
     )
     work = Workspace(out, say)
-    source = prepare(job, work, [Recipe(method, ratio) for method in METHODS for ratio in RATIOS])
+    source = prepare(job, work, [Recipe(method, ratio) for method in (*METHODS, "auto") for ratio in RATIOS])
     built: list[Built] = []
     for ratio in RATIOS:
         built += [build(job, work, source, Recipe(method, ratio)) for method in METHODS]
         built.append(build(job, work, source, Recipe("global", ratio), refit="plain"))
+        built.append(build(job, work, source, Recipe("auto", ratio)))
     built += [
-        build(job, work, source, Recipe("global", ratio, target=target), refit="plain")
+        build(job, work, source, Recipe("auto", ratio, target=target))
         for target in PRUNE_THEN_QUANTIZE
         for ratio in (0.25, 0.4)
     ]
