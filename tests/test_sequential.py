@@ -105,7 +105,7 @@ def test_the_joint_step_is_ridge_regression_on_what_is_left(monkeypatch):
 @pytest.fixture(scope="module")
 def case(checkpoint_dir, stats):
     checkpoint = open_checkpoint(checkpoint_dir)
-    domains = [load_domain(builtin.texts()["calib_code"], checkpoint.tokenizer(), 512, 24)]
+    domains = [load_domain(builtin.texts()["calib_code"], checkpoint.tokenizer(), 512, 12)]
     return checkpoint, domains, make_plan(stats, Recipe("global", 0.5))
 
 
