@@ -94,7 +94,12 @@ def _make_recipe(options: dict[str, Any], target: str | None) -> Recipe:
         first, last = (float(part) for part in depth.split(":"))
     except ValueError:
         raise click.UsageError(f"--depth {depth!r} is not FIRST:LAST") from None
-    return Recipe(ratio=1 - keep if ratio is None else ratio, depth=(first, last), target=target, **options)
+    try:
+        mix = tuple(float(part) for part in options["mix"].split(",")) if options["mix"] is not None else None
+    except ValueError:
+        raise click.UsageError(f"--mix {options['mix']!r} is not a number for each text, as 2,1") from None
+    options |= {"depth": (first, last), "mix": mix}
+    return Recipe(ratio=1 - keep if ratio is None else ratio, target=target, **options)
 
 
 def _load(backend: str) -> tuple[Runtime, ModuleType]:

@@ -22,6 +22,7 @@ ROWS = [
     ({"architectures", "tensors"}, set()),
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
     ({"saliency", "plan", "tiers", "encoding"}, {"numpy"}),
+    ({"schedules"}, {"numpy"}),
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner", "variants"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
