@@ -291,15 +291,17 @@ def _count_tiers(row: Ints) -> int:
 
 def keep_widths(stats: CalibrationStats, saliency: Array, widths: Ints) -> tuple[LayerPlan, ...]:
     """Layers that keep every expert in the router, each with its `widths[l, e]` best neurons of `saliency` [L, E, K]."""
-    order = np.argsort(-saliency, axis=2, kind="stable")
-    layers = []
-    for row, index in enumerate(stats.model.moe_layers):
-        retained: tuple[Neurons, ...] = tuple(
-            np.sort(order[row, expert, : widths[row, expert]]).astype(np.int64)
-            for expert in range(stats.model.n_expert)
-        )
-        layers.append(LayerPlan(index, tuple(range(stats.model.n_expert)), retained))
-    return tuple(layers)
+    rows = zip(stats.model.moe_layers, saliency, widths, strict=True)
+    return tuple(keep_layer(index, values, own) for index, values, own in rows)
+
+
+def keep_layer(index: int, saliency: Array, widths: Ints) -> LayerPlan:
+    """The layer of decoder index `index` that keeps every expert, with its `widths[e]` best neurons of `saliency` [E, K]."""
+    order = np.argsort(-saliency, axis=1, kind="stable")
+    retained: tuple[Neurons, ...] = tuple(
+        np.sort(best[:width]).astype(np.int64) for best, width in zip(order, widths, strict=True)
+    )
+    return LayerPlan(index, tuple(range(len(widths))), retained)
 
 
 def describe(criterion: Criterion) -> str:

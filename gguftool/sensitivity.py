@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from .errors import GgufToolError
-from .methods import keep_widths, slice_criterion, slice_widths
+from .methods import keep_layer, slice_criterion, slice_widths
 from .plan import PrunePlan
 from .planner import fingerprint, make_plan
 from .recipe import Recipe
@@ -195,15 +195,13 @@ def layer_plan(stats: CalibrationStats, whole: PrunePlan, recipe: Recipe, layer:
     """
     assert recipe.align is not None
     row = stats.model.moe_layers.index(layer)
-    saliency = neuron_criterion(slice_criterion(stats, recipe)).measure(stats)
-    widths = np.full(saliency.shape[:2], stats.model.n_ff_exp, dtype=np.int64)
-    widths[row] = slice_widths(saliency[row : row + 1], recipe, recipe.align)[0]
+    saliency = neuron_criterion(slice_criterion(stats, recipe)).measure(stats)[row]
+    widths = slice_widths(saliency[None], recipe, recipe.align)[0]
     # As `tiers` counts: a neuron of negative value costs nothing when it goes.
-    values = -np.sort(-np.maximum(saliency[row], 0.0), axis=1)
-    lost = sum(float(own[width:].sum()) for own, width in zip(values, widths[row], strict=True))
-    plan = replace(
-        whole, recipe=recipe, layers=keep_widths(stats, saliency, widths), notes=(f"layer {layer} alone",), tensors=()
-    )
+    values = -np.sort(-np.maximum(saliency, 0.0), axis=1)
+    lost = sum(float(own[width:].sum()) for own, width in zip(values, widths, strict=True))
+    layers = (*whole.layers[:row], keep_layer(layer, saliency, widths), *whole.layers[row + 1 :])
+    plan = replace(whole, recipe=recipe, layers=layers, notes=(f"layer {layer} alone",), tensors=())
     plan.check()
     return plan, lost
 
