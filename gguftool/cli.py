@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__, cli_bench, cli_runtime, cli_sweep
+from . import __version__, cli_bench, cli_runtime, cli_sensitivity, cli_sweep
 from .cli_options import (
     BACKEND_NAMES,
     FILE,
@@ -50,7 +50,7 @@ def run() -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo(
-            "\nstopped; calibrate, refit, compress, sweep and demo go on from here when they are started again",
+            "\nstopped; calibrate, refit, compress, sensitivity, sweep and demo go on from here when they are started again",
             err=True,
         )
         return 130
@@ -79,7 +79,9 @@ def cli() -> None:
     """
 
 
-for _command in (cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench, cli_sweep.sweep):
+for _command in (
+    cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench, cli_sensitivity.sensitivity, cli_sweep.sweep,
+):  # fmt: skip
     cli.add_command(_command)
 
 
@@ -94,7 +96,12 @@ def _make_recipe(options: dict[str, Any], target: str | None) -> Recipe:
         first, last = (float(part) for part in depth.split(":"))
     except ValueError:
         raise click.UsageError(f"--depth {depth!r} is not FIRST:LAST") from None
-    return Recipe(ratio=1 - keep if ratio is None else ratio, depth=(first, last), target=target, **options)
+    try:
+        mix = tuple(float(part) for part in options["mix"].split(",")) if options["mix"] is not None else None
+    except ValueError:
+        raise click.UsageError(f"--mix {options['mix']!r} is not a number for each text, as 2,1") from None
+    options |= {"depth": (first, last), "mix": mix}
+    return Recipe(ratio=1 - keep if ratio is None else ratio, target=target, **options)
 
 
 def _load(backend: str) -> tuple[Runtime, ModuleType]:
@@ -188,22 +195,28 @@ def methods(as_json: bool, quiet: bool) -> None:
 @click.option("-o", "out", type=FILE, required=True, help="Plan to write.")
 @recipe_options("global")
 @click.option("--target", metavar="TYPE", help="Type that it will be quantized to (with --imatrix), as Q4_K_M.")
+@click.option("--layers", type=FILE, help="Weigh the layers by what `sensitivity` measured.")
 @click.option("--tensors", is_flag=True, help="Print every tensor too.")
 @force_option
 @output_options
 def plan(
-    stats: Path, out: Path, target: str | None, tensors: bool, force: bool, as_json: bool, quiet: bool, **options: Any
-) -> None:
+    stats: Path, out: Path, target: str | None, layers: Path | None, tensors: bool, force: bool, as_json: bool,
+    quiet: bool, **options: Any,
+) -> None:  # fmt: skip
     """Decide what stays: free, from stats, as often as you like. Writes a plan that a person can read."""
     from .gguf_file import check_output
     from .plan import dumps
     from .planner import make_plan
     from .report import other_types, plan_table, types_table
+    from .sensitivity import Sensitivity, weighted
     from .stats import CalibrationStats
 
-    check_output(out, force, stats)
+    check_output(out, force, stats, *([layers] if layers else []))
     terminal = make_terminal(as_json, quiet)
-    made = make_plan(CalibrationStats.load(stats), _make_recipe(options, target))
+    loaded, recipe = CalibrationStats.load(stats), _make_recipe(options, target)
+    if layers is not None:
+        recipe = weighted(Sensitivity.load(layers), loaded, recipe)
+    made = make_plan(loaded, recipe)
     made.save(out)
     for note in made.notes:
         terminal.say(f"note: {note}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .recipe import SCHEDULE_NAMES
+
 if TYPE_CHECKING:
     from .terminal import Terminal
 
@@ -64,7 +66,16 @@ def recipe_options(method: str) -> Callable[[Command], Command]:
             help="stock: only plans that any llama.cpp can run.",
         ),
         click.option("--whole", type=float, help="TENP: share of experts kept whole."),
-        click.option("--depth", default="1:2", show_default=True, help="TENP: weight of the first and of the last layer."),
+        click.option(
+            "--schedule", default="trapezoid", show_default=True,
+            type=click.Choice(SCHEDULE_NAMES),
+            help="TENP: whole experts over depth; measured is by `plan --layers`.",
+        ),
+        click.option(
+            "--depth", default="1:2", show_default=True,
+            help="TENP: weight of the first and of the last layer in a trapezoid, of the last and the first in reverse.",
+        ),
+        click.option("--mix", metavar="W,W...", help="TENP: weight of each calibration text.  [default: all alike]"),
         click.option(
             "--calibration", default="task", show_default=True, type=click.Choice(["task", "general"]),
             help="family: what the calibration texts are; it picks the criterion.",

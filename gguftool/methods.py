@@ -21,7 +21,9 @@ from .saliency import (
     lookup,
     neuron_criterion,
     super_experts,
+    tenp_importance,
 )
+from .schedules import SCHEDULES, whole_by_layer
 from .stats import Array, CalibrationStats, ModelFacts
 from .tiers import Budget, Ints, allocate, value_curves, width_grid
 
@@ -175,15 +177,21 @@ def _random(stats: CalibrationStats, recipe: Recipe, _align: int) -> Decision:
 
 def _global(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
     """One budget of slices over all experts and layers; the shape over depth is found, not assumed."""
-    criterion = neuron_criterion(recipe.criterion or "gated-second-moment")
+    criterion = neuron_criterion(slice_criterion(stats, recipe))
     return _slices(stats, recipe, align, criterion.measure(stats), describe(criterion))
+
+
+def slice_criterion(stats: CalibrationStats, recipe: Recipe) -> str:
+    """The name of the criterion that `auto` and `global` go by."""
+    best = "obs" if recipe.method == "auto" and "obs" in stats.neurons else "gated-second-moment"
+    return recipe.criterion or best
 
 
 def _auto(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
     """Global slices by OBS costs, for refitted weights: the best of what was measured, on every text and at every ratio."""
-    if "obs" in stats.neurons:
-        return _global(stats, replace(recipe, criterion=recipe.criterion or "obs"), align)
     decision = _global(stats, recipe, align)
+    if "obs" in stats.neurons:
+        return decision
     return replace(decision, notes=("the stats hold no OBS costs, so second moments decide", *decision.notes))
 
 
@@ -194,12 +202,18 @@ def _random_slices(stats: CalibrationStats, recipe: Recipe, align: int) -> Decis
 
 
 def _slices(stats: CalibrationStats, recipe: Recipe, align: int, saliency: Array, formula: str) -> Decision:
-    facts = stats.model
-    grid = width_grid(facts.n_ff_exp, align)
-    n_layers = len(facts.moe_layers)
-    neurons = int((1 - recipe.ratio) * n_layers * facts.n_expert * facts.n_ff_exp + 1e-6)
-    widths = allocate(value_curves(saliency, grid), Budget(neurons, grid, recipe.max_tiers))
-    return Decision(keep_widths(stats, saliency, widths), formula)
+    weighted = saliency
+    if recipe.layer_weights is not None:
+        weighted = saliency * np.array(recipe.layer_weights)[:, None, None]
+        formula += ", times the measured weight of the layer"
+    return Decision(keep_widths(stats, saliency, slice_widths(weighted, recipe, align)), formula)
+
+
+def slice_widths(saliency: Array, recipe: Recipe, align: int) -> Ints:
+    """Widths that keep the most value of `saliency` [L, E, K] where the recipe's ratio goes of these layers: [L, E]."""
+    grid = width_grid(saliency.shape[2], align)
+    neurons = int((1 - recipe.ratio) * saliency.size + 1e-6)
+    return allocate(value_curves(saliency, grid), Budget(neurons, grid, recipe.max_tiers))
 
 
 def _enp(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
@@ -212,40 +226,28 @@ def _enp(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
 
 
 def _tenp(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
-    """The most important experts stay whole, more of them in deep layers; the rest keep their best neurons by ENP."""
+    """The most important experts stay whole, by a schedule over depth; the rest keep their best neurons by ENP."""
     facts = stats.model
     expert = EXPERT_CRITERIA["tenp-importance"]
     neuron = neuron_criterion(recipe.criterion or "enp")
     kept = 1 - recipe.ratio
     alpha = min(0.3, kept / 2) if recipe.whole is None else recipe.whole
-    importance = expert.measure(stats)
-    whole = trapezoid(round(alpha * importance.size), len(facts.moe_layers), facts.n_expert, recipe.depth)
+    importance = tenp_importance(stats, recipe.mix)
+    weights = SCHEDULES[recipe.schedule](recipe, len(facts.moe_layers))
+    whole = whole_by_layer(round(alpha * importance.size), weights, facts.n_expert)
     is_whole = np.zeros(importance.shape, dtype=bool)
     for row, count in enumerate(whole):
         is_whole[row, np.argsort(-importance[row], kind="stable")[:count]] = True
     widths = _spread_rest(is_whole, importance, facts.n_ff_exp, kept, align, recipe.max_tiers)
     formula = f"whole: {describe(expert)}; neurons: {describe(neuron)}"
-    note = (
-        f"alpha {alpha:.3g}: {is_whole.sum()} of {is_whole.size} experts stay whole, by layer {list(map(int, whole))}"
-    )
-    return Decision(keep_widths(stats, neuron.measure(stats), widths), formula, (note,))
-
-
-def trapezoid(total: int, n_layers: int, n_expert: int, depth: tuple[float, float]) -> Ints:
-    """`total` whole experts over the layers with weights linear from depth[0] to depth[1], by largest remainder, [L].
-
-    The counts by layer are not published (arXiv 2606.09885); this schedule is a reconstruction.
-    """
-    weights = np.linspace(*depth, n_layers)
-    share = np.minimum(total * weights / weights.sum(), n_expert)
-    counts = np.floor(share).astype(np.int64)
-    while counts.sum() < total:
-        room = np.where(counts < n_expert, share - counts, -np.inf)
-        if not np.isfinite(room).any():
-            break
-        counts[int(room.argmax())] += 1
-        share = np.where(counts < n_expert, np.maximum(share, counts - 1), share)
-    return counts
+    notes = [
+        f"alpha {alpha:.3g}: {is_whole.sum()} of {is_whole.size} experts stay whole, by layer {list(map(int, whole))} "
+        f"({recipe.schedule})"
+    ]
+    if recipe.mix is not None:
+        parts = (f"{weight:g} x {domain.name}" for weight, domain in zip(recipe.mix, stats.domains, strict=True))
+        notes.append(f"importance is {' + '.join(parts)}")
+    return Decision(keep_widths(stats, neuron.measure(stats), widths), formula, tuple(notes))
 
 
 def _spread_rest(is_whole: np.ndarray, importance: Array, n_ff: int, kept: float, align: int, max_tiers: int) -> Ints:
@@ -289,15 +291,17 @@ def _count_tiers(row: Ints) -> int:
 
 def keep_widths(stats: CalibrationStats, saliency: Array, widths: Ints) -> tuple[LayerPlan, ...]:
     """Layers that keep every expert in the router, each with its `widths[l, e]` best neurons of `saliency` [L, E, K]."""
-    order = np.argsort(-saliency, axis=2, kind="stable")
-    layers = []
-    for row, index in enumerate(stats.model.moe_layers):
-        retained: tuple[Neurons, ...] = tuple(
-            np.sort(order[row, expert, : widths[row, expert]]).astype(np.int64)
-            for expert in range(stats.model.n_expert)
-        )
-        layers.append(LayerPlan(index, tuple(range(stats.model.n_expert)), retained))
-    return tuple(layers)
+    rows = zip(stats.model.moe_layers, saliency, widths, strict=True)
+    return tuple(keep_layer(index, values, own) for index, values, own in rows)
+
+
+def keep_layer(index: int, saliency: Array, widths: Ints) -> LayerPlan:
+    """The layer of decoder index `index` that keeps every expert, with its `widths[e]` best neurons of `saliency` [E, K]."""
+    order = np.argsort(-saliency, axis=1, kind="stable")
+    retained: tuple[Neurons, ...] = tuple(
+        np.sort(best[:width]).astype(np.int64) for best, width in zip(order, widths, strict=True)
+    )
+    return LayerPlan(index, tuple(range(len(widths))), retained)
 
 
 def describe(criterion: Criterion) -> str:
@@ -323,7 +327,7 @@ METHODS = {
         ),
         Method("global", "one budget of neuron slices over all experts and layers", "gguftool", False, _global),
         Method(
-            "tenp", "important experts whole, ENP on the rest, trapezoid over depth", "arXiv 2606.09885", False, _tenp
+            "tenp", "important experts whole, ENP on the rest, a schedule over depth", "arXiv 2606.09885", False, _tenp
         ),
         Method("enp", "every expert equally narrow, neurons by ENP", "arXiv 2606.09885", True, _enp),
         Method(
@@ -352,15 +356,54 @@ def method(name: str) -> Method:
     return lookup(METHODS, name, "method")
 
 
+# What only TENP reads.
+TENP_ONLY = ("whole", "depth", "schedule", "mix")
+# What takes measured weights of the layers besides TENP.
+WEIGHED = ("auto", "global")
+
+
 def check_options(recipe: Recipe) -> None:
     """Raises GgufToolError for options that the recipe's method would ignore without a word."""
-    if recipe.method != "tenp":
-        for name in ("whole", "depth"):
-            if getattr(recipe, name) != Recipe.__dataclass_fields__[name].default:
-                raise GgufToolError(f"--{name} is only for tenp, not for {recipe.method}")
+    if recipe.method == "tenp":
+        _check_schedule(recipe)
+    else:
+        if asked := [name for name in TENP_ONLY if _is_asked(recipe, name)]:
+            raise GgufToolError(f"--{asked[0]} is only for tenp, not for {recipe.method}")
+        if recipe.layer_weights is not None and recipe.method not in WEIGHED:
+            raise GgufToolError(f"--layers is only for {', '.join(WEIGHED)} and tenp, not for {recipe.method}")
     if recipe.method != "family" and recipe.calibration != "task":
         raise GgufToolError(f"--calibration picks the criterion of family; {recipe.method} has its own")
     if recipe.method == "family" and recipe.criterion is not None:
         raise GgufToolError("--criterion: family picks its own by --calibration; to name one, take it as the method")
     if recipe.criterion is not None and recipe.method in ("random", "random-slices"):
         raise GgufToolError(f"--criterion: {recipe.method} takes none")
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    measured = recipe.schedule == "measured"
+    if measured and recipe.layer_weights is None:
+        raise GgufToolError(
+            "--schedule measured needs weights: `gguftool sensitivity` measures them, `gguftool plan --layers` takes them"
+        )
+    if recipe.layer_weights is not None and not measured:
+        raise GgufToolError(f"--layers: tenp takes them by --schedule measured, not {recipe.schedule}")
+    if _is_asked(recipe, "depth") and recipe.schedule in ("uniform", "measured"):
+        raise GgufToolError(f"--depth: the schedule {recipe.schedule} has no ends; it is for trapezoid and reverse")
+    if recipe.whole == 0 and (asked := [name for name in ("depth", "schedule") if _is_asked(recipe, name)]):
+        raise GgufToolError(f"--{asked[0]} shares out whole experts, and --whole 0 keeps none")
+
+
+def _is_asked(recipe: Recipe, name: str) -> bool:
+    return bool(getattr(recipe, name) != Recipe.__dataclass_fields__[name].default)
+
+
+def check_lengths(stats: CalibrationStats, recipe: Recipe) -> None:
+    """Raises GgufToolError where the recipe weighs another number of texts or layers than the stats hold."""
+    if recipe.mix is not None and len(recipe.mix) != len(stats.domains):
+        raise GgufToolError(
+            f"--mix has {len(recipe.mix)} weights, the stats hold {len(stats.domains)} calibration texts "
+            f"({', '.join(domain.name for domain in stats.domains)})"
+        )
+    n_layers = len(stats.model.moe_layers)
+    if recipe.layer_weights is not None and len(recipe.layer_weights) != n_layers:
+        raise GgufToolError(f"{len(recipe.layer_weights)} weights of layers for {n_layers} layers with experts")

@@ -130,7 +130,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, job.n_ctx, job.windows, job.seed) for path in job.calibration]
     _check_evaluation(job, tokenizer)
-    blank = CalibrationStats.blank(model_facts(checkpoint))
+    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
     for recipe in recipes:
         make_plan(blank, recipe)
     inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}

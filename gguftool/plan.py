@@ -249,8 +249,8 @@ def _layer_json(layer: LayerPlan, n_ff: int) -> str:
 
 def _from_json(raw: dict[str, Any]) -> PrunePlan:
     n_ff = int(raw["n_ff_exp"])
-    recipe = dict(raw["recipe"])
-    recipe["depth"] = tuple(recipe["depth"])
+    # JSON has lists for tuples.
+    recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["recipe"].items()}
     return PrunePlan(
         recipe=Recipe(**recipe),
         **{k: raw[k] for k in ("formula", "model_name", "model_fingerprint", "gguf_arch", "stats_fingerprint")},

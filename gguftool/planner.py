@@ -10,7 +10,7 @@ import numpy as np
 
 from . import encoding, layout
 from .errors import GgufToolError
-from .methods import check_options, method
+from .methods import check_lengths, check_options, method
 from .plan import PrunePlan
 from .recipe import Recipe
 from .stats import CalibrationStats
@@ -24,6 +24,7 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     facts = stats.model
     how = method(recipe.method)
     check_options(recipe)
+    check_lengths(stats, recipe)
     if recipe.layout == "stock" and not how.stock:
         raise GgufToolError(
             f"--layout stock: {recipe.method} gives experts different widths, which only the tiered layout can hold; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -9,6 +10,7 @@ from .errors import GgufToolError
 
 LAYOUTS = ("auto", "stock")
 CALIBRATIONS = ("task", "general")
+SCHEDULE_NAMES = ("trapezoid", "uniform", "reverse", "measured")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,11 @@ class Recipe:
         layout: "stock" wants a file for any llama.cpp: one width, one number of experts everywhere.
         criterion: overrides the method's criterion (an expert or a neuron criterion, by the method).
         whole: TENP's alpha, share of experts kept whole; None takes min(0.3, half of what is kept).
-        depth: TENP's weights of the first and the last layer for whole experts.
+        depth: TENP's weights of the first and the last layer for whole experts, where the schedule is a trapezoid.
+        schedule: how TENP's whole experts are shared out over depth, a name in `schedules.SCHEDULES`.
+        mix: TENP's weights of the calibration texts, one for each; None weighs them alike.
+        layer_weights: measured weights of the MoE layers by rising depth, from `sensitivity`; None weighs them alike. They
+            multiply the values of a slice method; of TENP they are the weights of the schedule "measured".
         calibration: what the calibration texts are, "task" or "general": picks the criterion of the method `family`.
         guard: protect super experts from whole-expert drops.
         seed: of the random controls.
@@ -40,6 +46,9 @@ class Recipe:
     criterion: str | None = None
     whole: float | None = None
     depth: tuple[float, float] = (1.0, 2.0)
+    schedule: str = "trapezoid"
+    mix: tuple[float, ...] | None = None
+    layer_weights: tuple[float, ...] | None = None
     calibration: str = "task"
     guard: bool = True
     seed: int = 0
@@ -60,7 +69,19 @@ class Recipe:
             raise GgufToolError(f"--layout {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.calibration not in CALIBRATIONS:
             raise GgufToolError(f"--calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}")
-        if not all(map(isfinite, self.depth)) or min(self.depth) < 0 or max(self.depth) <= 0:
+        if self.schedule not in SCHEDULE_NAMES:
+            raise GgufToolError(f"--schedule {self.schedule!r} is not one of {', '.join(SCHEDULE_NAMES)}")
+        if not are_weights(self.depth):
             raise GgufToolError(
                 f"--depth {self.depth[0]}:{self.depth[1]} needs finite weights of 0 or more, one above 0"
             )
+        for name, weights in (("--mix", self.mix), ("the weights of the layers", self.layer_weights)):
+            if weights is not None and not are_weights(weights):
+                raise GgufToolError(
+                    f"{name}: {','.join(map(str, weights))} are not finite weights of 0 or more, one above 0"
+                )
+
+
+def are_weights(values: Sequence[float]) -> bool:
+    """Whether these are finite numbers of 0 or more, one of them above 0."""
+    return all(isfinite(value) and value >= 0 for value in values) and any(value > 0 for value in values)

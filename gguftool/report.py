@@ -144,6 +144,19 @@ def plan_table(plan: PrunePlan) -> Table:
     return table
 
 
+def layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What pruning each layer alone cost; rows as `gguftool sensitivity --json` has them."""
+    table = Table(title="each layer pruned alone")
+    for name in ("layer", "KL divergence", "lost value", "weight (KL / lost)", "share (KL)"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["layer"]), f"{row['kld']:.5f} ± {row['kld_err']:.5f}", f"{row['lost']:.5g}",
+            f"{row['weight']:.3f}", f"{row['share']:.3f}",
+        )  # fmt: skip
+    return table
+
+
 def _types(specs: Sequence[TensorSpec]) -> str:
     found: dict[str, list[str]] = {}
     for role in ("gate_exps", "up_exps", "gate_up_exps", "down_exps"):

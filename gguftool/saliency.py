@@ -7,7 +7,7 @@ Notation as in `stats`. One expert family covers the published criteria (arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeVar
@@ -52,11 +52,15 @@ def family(b: int, alpha: int, beta: int) -> Callable[[CalibrationStats], Array]
     return measure
 
 
-def _tenp_importance(stats: CalibrationStats) -> Array:
-    """I_e = sum of g ||f|| (1 - cos(x, f)), normalised in each layer and domain by its L2 norm, then added: [L, E]."""
+def tenp_importance(stats: CalibrationStats, mix: Sequence[float] | None = None) -> Array:
+    """I_e = sum of g ||f|| (1 - cos(x, f)), normalised in each layer and domain by its L2 norm, then added: [L, E].
+
+    `mix` holds a weight for each of the D domains, by which they are added; None adds them alike.
+    """
     turn = stats.experts["turn"]
     length = np.linalg.norm(turn, axis=2, keepdims=True)
-    return np.divide(turn, length, out=np.zeros_like(turn), where=length > 0).sum(axis=0)
+    normalised = np.divide(turn, length, out=np.zeros_like(turn), where=length > 0)
+    return np.tensordot(np.ones(len(turn)) if mix is None else np.array(mix, dtype=np.float64), normalised, axes=1)
 
 
 def _enp(stats: CalibrationStats) -> Array:
@@ -94,7 +98,7 @@ EXPERT_CRITERIA = {
             "tenp-importance",
             "sum g ||f|| (1 - cos(x, f)), L2-normalised by layer and domain",
             "arXiv 2606.09885 (reconstructed from public summaries)",
-            _tenp_importance,
+            tenp_importance,
         ),
     )
 }

@@ -122,12 +122,13 @@ class CalibrationStats:
         return sum(domain.tokens for domain in self.domains)
 
     @classmethod
-    def blank(cls, model: ModelFacts) -> CalibrationStats:
+    def blank(cls, model: ModelFacts, n_domains: int = 1) -> CalibrationStats:
         """Stats of nothing, every expert routed alike: what a recipe can be tried on before the dear pass."""
         shape = (len(model.moe_layers), model.n_expert)
-        experts = {name: np.ones((1, *shape)) for name in EXPERT_SUMS}
+        experts = {name: np.ones((n_domains, *shape)) for name in EXPERT_SUMS}
         neurons = {name: np.ones((*shape, model.n_ff_exp)) for name in (*NEURON_SUMS, *WEIGHT_NORMS, *SOLVED)}
-        return cls(model, (Domain("blank", "", 0),), 0, experts, neurons, np.ones((*shape, model.n_embd)))
+        domains = (Domain("blank", "", 0),) * n_domains
+        return cls(model, domains, 0, experts, neurons, np.ones((*shape, model.n_embd)))
 
     def expert(self, name: str) -> Array:
         """An expert accumulator over all domains, [L, E]: the sum, or the maximum for `max_out`."""

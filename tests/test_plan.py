@@ -6,7 +6,7 @@ import pytest
 from gguftool import layout
 from gguftool.encoding import TWINS, MixFacts, assign
 from gguftool.errors import GgufToolError
-from gguftool.methods import METHODS, drop_experts, trapezoid
+from gguftool.methods import METHODS, drop_experts
 from gguftool.plan import PrunePlan, dumps, pack_mask, unpack_mask
 from gguftool.planner import fingerprint, make_plan
 from gguftool.recipe import Recipe
@@ -142,13 +142,6 @@ def test_the_fingerprint_is_over_everything_and_survives_the_disk(tmp_path):
         {"expert_inputs": stats.expert_inputs + 1},
     )
     assert before not in {fingerprint(replace(stats, **other)) for other in others}
-
-
-def test_trapezoid():
-    assert trapezoid(12, 3, 8, (1, 2)).tolist() == [3, 4, 5]
-    assert trapezoid(12, 3, 8, (1, 1)).tolist() == [4, 4, 4]
-    assert trapezoid(24, 3, 8, (1, 2)).tolist() == [8, 8, 8]
-    assert trapezoid(20, 3, 8, (1, 5)).sum() == 20
 
 
 def test_super_experts_are_protected_and_reported():

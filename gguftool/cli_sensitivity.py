@@ -1,0 +1,65 @@
+"""The command that measures what pruning each layer costs."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import click
+
+from .cli_options import FILE, backend_option, force_option, make_terminal, n_ctx_option, output_options
+
+
+@click.command()
+@click.argument("base", type=FILE)
+@click.option("--stats", "stats_path", type=FILE, required=True, help="Stats of the model.")
+@click.option("--data", type=FILE, required=True, help="Text to measure on.")
+@click.option("--ratio", default=0.4, show_default=True, help="Share that goes of the one layer's experts.")
+@click.option(
+    "--criterion", default="gated-second-moment", show_default=True, help="Neuron criterion that the plans will go by."
+)
+@click.option("--align", type=int, help="Widths are multiples of this.  [default: as `plan` without a target]")
+@click.option("--max-tiers", default=4, show_default=True, help="Most different widths in the layer.")
+@click.option("--windows", type=int, help="Use at most so many windows.")
+@click.option("--at-once", default=4, show_default=True, help="Most pruned files that exist at a time.")
+@click.option("-o", "out", type=FILE, required=True, help="Layers to write, for `plan --layers`.")
+@n_ctx_option
+@backend_option
+@force_option
+@output_options
+def sensitivity(
+    base: Path, stats_path: Path, data: Path, ratio: float, criterion: str, align: int | None, max_tiers: int,
+    windows: int | None, at_once: int, out: Path, n_ctx: int, backend: str, force: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure what pruning each layer alone costs, for plans that weigh layers by it.
+
+    Writes a file in which one layer is pruned, measures its KL divergence from the base, removes it, layer by layer.
+    Stopped, it goes on where it was when it is started again with the same arguments.
+    """
+    from . import runtime
+    from .corpus import read_text
+    from .gguf_file import GgufFile, check_output
+    from .probe import Probe, measure_layers
+    from .recipe import Recipe
+    from .report import layers_table
+    from .sensitivity import conditions
+    from .stats import CalibrationStats
+
+    check_output(out, force, base, stats_path, data)
+    terminal = make_terminal(as_json, quiet)
+    stats, text = CalibrationStats.load(stats_path), read_text(data)
+    size = GgufFile(base).path.stat().st_size
+    found = runtime.require(backend)
+    where = conditions(
+        stats, Recipe("global", ratio, criterion=criterion, align=align, max_tiers=max_tiers), base_bytes=size,
+        text=data.name, text_sha256=hashlib.sha256(text.encode()).hexdigest(), n_ctx=n_ctx, windows=windows,
+        backend=found.backend,
+    )  # fmt: skip
+    how = Probe(base, text, runtime.load(found), found.n_gpu_layers, found.ggml, at_once)
+    with terminal.progress() as progress:
+        made = measure_layers(how, stats, where, out, say=terminal.say, progress=progress)
+    rows = [
+        vars(cost) | {"weight": weight, "share": share}
+        for cost, weight, share in zip(made.costs, made.weights(), made.shares(), strict=True)
+    ]
+    terminal.show({"path": str(out), "layers": rows}, layers_table(rows), f"{out}: {len(rows)} layers measured")
