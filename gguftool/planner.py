@@ -115,7 +115,10 @@ def fingerprint(stats: CalibrationStats) -> str:
     digest = hashlib.sha256(json.dumps([asdict(domain) for domain in stats.domains]).encode())
     digest.update(json.dumps([stats.model.fingerprint, stats.n_ctx, stats.linear_tokens]).encode())
     # By name: a file gives its arrays back in another order than they were measured in.
-    for values in (stats.experts, stats.neurons, stats.linears, {"expert_inputs": stats.expert_inputs}):
+    others = {"expert_inputs": stats.expert_inputs}
+    if stats.residual_sq is not None:
+        others["residual_sq"] = stats.residual_sq
+    for values in (stats.experts, stats.neurons, stats.linears, others):
         for name in sorted(values):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(values[name]).tobytes())
