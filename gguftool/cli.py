@@ -305,7 +305,9 @@ def refit(
     check_output(out, force, plan_path, *data)
     terminal = make_terminal(as_json, quiet)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
-    run = refit_sequentially if (how or method(plan.recipe.method).refitted) == "sequential" else plainly
+    routed = all(len(layer.router) == plan.n_expert for layer in plan.layers)
+    how = how or (method(plan.recipe.method).refitted if routed else "plain")
+    run = refit_sequentially if how == "sequential" else plainly
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
     with terminal.progress() as progress:

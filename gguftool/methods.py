@@ -228,7 +228,19 @@ def _slices(stats: CalibrationStats, recipe: Recipe, align: int, saliency: Array
     if recipe.layer_weights is not None:
         weighted = saliency * np.array(recipe.layer_weights)[:, None, None]
         formula += ", times the weight of the layer"
-    return Decision(keep_widths(stats, saliency, slice_widths(weighted, recipe, align)), formula)
+    layers = keep_widths(stats, saliency, slice_widths(weighted, recipe, align))
+    if not recipe.cut_router:
+        return Decision(layers, formula)
+    cut = tuple(leave_router(layer, stats.model.n_expert_used) for layer in layers)
+    gone = sum(len(old.router) - len(new.router) for old, new in zip(layers, cut, strict=True))
+    return Decision(cut, formula, (f"{gone} experts without a neuron leave the router",))
+
+
+def leave_router(layer: LayerPlan, n_used: int) -> LayerPlan:
+    """The layer without the experts of width 0, as far as `n_used` remain: the router then chooses among the others."""
+    order = sorted(range(len(layer.router)), key=lambda row: -len(layer.retained[row]))
+    rows = sorted(row for place, row in enumerate(order) if place < n_used or len(layer.retained[row]))
+    return LayerPlan(layer.index, tuple(layer.router[r] for r in rows), tuple(layer.retained[r] for r in rows))
 
 
 def slice_widths(saliency: Array, recipe: Recipe, align: int) -> Ints:
@@ -393,6 +405,10 @@ def check_options(recipe: Recipe) -> None:
             raise GgufToolError(f"--{asked[0]} is only for tenp, not for {recipe.method}")
         if recipe.layer_weights is not None and recipe.method not in WEIGHED:
             raise GgufToolError(f"--layers is only for {', '.join(WEIGHED)} and tenp, not for {recipe.method}")
+    if recipe.cut_router and recipe.method not in (*WEIGHED, "random-slices"):
+        raise GgufToolError(
+            f"--cut-router is for slices of neurons, which may leave experts none; {recipe.method} takes none"
+        )
     if recipe.method != "family" and recipe.calibration != "task":
         raise GgufToolError(f"--calibration picks the criterion of family; {recipe.method} has its own")
     if recipe.method == "family" and recipe.criterion is not None:

@@ -197,6 +197,8 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
     refit = refit or method(recipe.method).refitted
+    if refit == "sequential" and any(len(layer.router) < plan.n_expert for layer in plan.layers):
+        refit = "plain"  # the sequential one needs the original's routes
     percent = round(100 * recipe.ratio)
     stem = f"{stats.model.name}-{recipe.method.upper().replace(',', '_')}{percent}"
     if plan.recipe.align != DEFAULT_ALIGN:

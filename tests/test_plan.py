@@ -53,6 +53,22 @@ def test_auto_is_global_by_obs_costs_relative_to_the_residual_stream():
     assert measured.kept_hash == costs.kept_hash
 
 
+def test_experts_without_a_neuron_can_leave_the_router():
+    stats = make_stats()
+    stats.neurons["gate_sq_h_sq"][0, :7] *= 1e-9  # layer 0: only the last expert is worth anything
+    stays = make_plan(stats, Recipe("global", 0.7, align=8))
+    cut = make_plan(stats, Recipe("global", 0.7, align=8, cut_router=True))
+    assert stays.layers[0].widths[:7] == (0,) * 7 and len(stays.layers[0].router) == 8
+    # Two experts are routed per token, so one without a neuron has to stay.
+    assert cut.layers[0].router == (0, 7) and cut.layers[0].widths == (0, stays.layers[0].widths[7])
+    gone = sum(width == 0 for layer in stays.layers for width in layer.widths) - 1
+    assert any(f"{gone} experts without a neuron leave the router" in note for note in cut.notes)
+    for old, new in zip(stays.layers[1:], cut.layers[1:], strict=True):
+        assert [w for w in old.widths if w] == list(new.widths)
+    with pytest.raises(GgufToolError, match="--cut-router is for slices"):
+        make_plan(stats, Recipe("reap", 0.25, cut_router=True))
+
+
 def test_the_calibration_data_pick_the_familys_criterion():
     stats = make_stats()
     for data, name in (("task", "gated-sum"), ("general", "man")):
