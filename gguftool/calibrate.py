@@ -75,7 +75,7 @@ def calibrate(
         experts={name: np.stack([arrays[f"expert.{name}"] for arrays in moe], axis=1) for name in EXPERT_SUMS},
         neurons={name: np.stack([arrays[f"neuron.{name}"] for arrays in moe]) for name in names},
         expert_inputs=np.stack([arrays["expert_inputs"] for arrays in moe]),
-        residual_sq=np.concatenate([arrays["residual_sq"] for arrays in moe]),
+        residual_inverse=np.concatenate([arrays["residual_inverse"] for arrays in moe]),
         linears=linears,
         linear_tokens=run.windows.size,
     )

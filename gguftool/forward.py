@@ -185,13 +185,14 @@ class LayeredPass:
                         f"layer {index}: its output is not finite; the weights are damaged or {out.dtype} overflowed"
                     )
                 append(out)
-                residual += out.square().sum(dtype=torch.float64).cpu()
+                if self.linears:
+                    residual += (1 / out.float().square().sum(dim=-1).clamp(min=1e-30)).sum(dtype=torch.float64).cpu()
                 self._report(index, part.stop)
         del hidden
         arrays = {f"linear.{name}": value.cpu().numpy() for name, value in linears.sums.items()}
         arrays |= experts.arrays() if experts is not None else {}
         if self.linears:
-            arrays["residual_sq"] = residual.reshape(1).numpy()
+            arrays["residual_inverse"] = residual.reshape(1).numpy()
         odd = [name for name, value in arrays.items() if not np.isfinite(value).all()]
         if odd:
             raise GgufToolError(f"layer {index}: the sum {odd[0]} is not finite; the weights are damaged")

@@ -206,15 +206,17 @@ def _auto(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:
 
 
 def residual_weights(stats: CalibrationStats) -> tuple[float, ...] | None:
-    """What an error in a layer counts: 1 / mean squared length of the residual stream behind it, normalised to mean 1.
+    """What an error in a layer counts: the mean over tokens of 1 / squared length of the residual stream behind it,
+    normalised to mean 1.
 
     The norms that read the stream divide by its length, so an error of the same size does less where the stream is longer,
-    in deep layers. On the built-in model these weights are within a tenth or so of those that `sensitivity` measures.
+    in deep layers. Token by token, because some models have single tokens whose stream is a hundred times as long. On the
+    built-in model these weights are within a fifth of those that `sensitivity` measures.
     """
-    if stats.residual_sq is None:
+    if stats.residual_inverse is None:
         return None
-    inverse = 1 / stats.residual_sq
-    return tuple(float(weight) for weight in inverse / inverse.mean())
+    weights = stats.residual_inverse / stats.residual_inverse.mean()
+    return tuple(float(weight) for weight in weights)
 
 
 def _random_slices(stats: CalibrationStats, recipe: Recipe, align: int) -> Decision:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__, encoding
-from .calibrate import calibrate
+from .calibrate import OBS_BYTES, calibrate, obs_bytes
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, read_text
@@ -130,7 +130,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, job.n_ctx, job.windows, job.seed) for path in job.calibration]
     _check_evaluation(job, tokenizer)
-    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
+    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains), obs=obs_bytes(checkpoint) <= OBS_BYTES)
     for recipe in recipes:
         make_plan(blank, recipe)
     inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}

@@ -116,8 +116,8 @@ def fingerprint(stats: CalibrationStats) -> str:
     digest.update(json.dumps([stats.model.fingerprint, stats.n_ctx, stats.linear_tokens]).encode())
     # By name: a file gives its arrays back in another order than they were measured in.
     others = {"expert_inputs": stats.expert_inputs}
-    if stats.residual_sq is not None:
-        others["residual_sq"] = stats.residual_sq
+    if stats.residual_inverse is not None:
+        others["residual_inverse"] = stats.residual_inverse
     for values in (stats.experts, stats.neurons, stats.linears, others):
         for name in sorted(values):
             digest.update(name.encode())

@@ -5,11 +5,12 @@ far. At a layer, with h the neurons of an expert on the pruned stream times thei
 
 1. each expert for itself: the plain refit (`refit.solve`) with C = sum h h^T of the pruned stream;
 2. all experts together, in one round: with R the difference between the original layer's output and the pruned one's,
-   which holds what the other experts left undone and what the layers before did wrong,
+   which holds what the other experts left undone and what the layers before did wrong, and with tokens weighted by
+   1 / squared length of the original's output (the norms that read it divide by that; single tokens can be very long),
 
        W_S' += (sum R h_S^T) (C_SS + lambda I)^-1,    lambda = JOINT_RIDGE x mean of C's diagonal,
 
-   then R becomes what is left of it, and the next expert has its turn.
+   both sums weighted; then R becomes what is left of it, and the next expert has its turn.
 
 The second step works on more unknowns with the same tokens, so its ridge is larger: on two small trained models, 0.5
 was at least as good as 0.1 and 0.01 on text from outside the calibration domain, and better inside. More rounds than one
@@ -18,6 +19,7 @@ fit the calibration text only. Experts with few tokens are corrected less, N / 2
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -57,8 +59,9 @@ def refit_sequentially(
 ) -> Overrides:
     """The fitted down columns of every expert that keeps a neuron, narrowed or whole. Resumable at every layer.
 
-    On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, each of tokens x d; in
-    memory a layer and the second moments of one expert at a time.
+    On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, five times tokens x d, read
+    in random order, so they should fit into the free memory. In memory a layer, its fitted down columns in float32 and the
+    second moments of one expert at a time.
 
     Raises:
         GgufToolError: the plan is for another checkpoint, drops experts from the router, or there is nothing to refit.
@@ -148,7 +151,7 @@ class _Streams:
                         raise GgufToolError(f"layer {index}: its output is not finite on the pruned stream")
                     span = slice(part.start * hidden.shape[1], part.stop * hidden.shape[1])
                     rest[span] = (goal[part].float() - out.float().cpu()).reshape(-1, width)
-            fit = LayerFit(experts, inputs.routes(), rest)
+            fit = LayerFit(experts, inputs.routes(), rest, _token_weights(goal))
             fitted = fit.solve(self.layers[index])
             with self.pruned.next_hidden() as append:
                 for _, part in self.passing.batches:
@@ -208,8 +211,9 @@ class LayerFit:
             stream; after `solve` minus that of the fitted layer. Changed in place.
     """
 
-    def __init__(self, experts: nn.Module, routes: Routes, rest: Tensor) -> None:
-        self.experts, self.routes, self.rest = experts, routes, rest
+    def __init__(self, experts: nn.Module, routes: Routes, rest: Tensor, weights: Tensor) -> None:
+        """`weights`: what each token counts in the joint step, [T]."""
+        self.experts, self.routes, self.rest, self.weights = experts, routes, rest, weights
         self.down = experts.get_parameter("down_proj")
 
     @torch.no_grad()
@@ -247,10 +251,11 @@ class LayerFit:
         cross = torch.zeros(self.down.shape[1], len(kept), dtype=torch.float64, device=self.down.device)
         energy = 0.0
         for chunk, h in self._neurons(expert, rows, weights):
-            energy += float(h.double().square().sum())
+            counts = self.weights[chunk].to(h.device)[:, None]
+            energy += float((counts * h).double().mul(h).sum())
             own = h[:, kept]
-            gram += (own.T @ own).double()
-            cross += (self.rest[chunk].to(own.device).T @ own).double()
+            gram += (own.T @ (counts * own)).double()
+            cross += (self.rest[chunk].to(own.device).T @ (counts * own)).double()
         width = self.down.shape[2]
         ridge = JOINT_RIDGE * energy / width
         if ridge <= 0:
@@ -279,12 +284,25 @@ class LayerFit:
         self.rest[rows] += change.cpu()
 
 
+def _token_weights(goal: Tensor) -> Tensor:
+    """1 / squared length of the original's output, normalised to mean 1: [windows, n_ctx, d] -> float32 [T]."""
+    inverse = torch.cat([1 / window.float().square().sum(dim=-1).clamp(min=1e-30) for window in goal])
+    return inverse / inverse.mean()
+
+
 @contextmanager
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
     """A tensor in a file that is there for a while."""
     size = int(np.prod(shape))
     with open(path, "wb") as file:
-        file.truncate(size * dtype.itemsize)
+        try:
+            # Not a sparse file: a full disk would kill the process when the mapping is written to.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            file.truncate(size * dtype.itemsize)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise GgufToolError(f"{path}: no room for {size * dtype.itemsize} bytes ({error.strerror})") from error
     try:
         yield torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
     finally:

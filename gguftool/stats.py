@@ -103,8 +103,8 @@ class CalibrationStats:
         experts: name in EXPERT_SUMS -> float64 [D, L, E].
         neurons: name in NEURON_SUMS or WEIGHT_NORMS, and perhaps in SOLVED -> float64 [L, E, K].
         expert_inputs: sum of x^2 over the tokens routed to an expert, [L, E, d] (the imatrix of gate and up).
-        residual_sq: sum of the squared length of the residual stream behind each MoE layer over all tokens, [L]; None in
-            files that were made without.
+        residual_inverse: sum over all tokens of 1 / squared length of the residual stream behind each MoE layer, [L]; None
+            in files that were made without.
         linears: GGUF tensor name -> (sum of x^2 over all tokens, [columns]), the imatrix of every other matrix.
         linear_tokens: how many tokens those sums run over.
     """
@@ -115,7 +115,7 @@ class CalibrationStats:
     experts: Mapping[str, Array]
     neurons: Mapping[str, Array]
     expert_inputs: Array
-    residual_sq: Array | None = None
+    residual_inverse: Array | None = None
     linears: Mapping[str, Array] = field(default_factory=dict)
     linear_tokens: int = 0
 
@@ -125,11 +125,12 @@ class CalibrationStats:
         return sum(domain.tokens for domain in self.domains)
 
     @classmethod
-    def blank(cls, model: ModelFacts, n_domains: int = 1) -> CalibrationStats:
+    def blank(cls, model: ModelFacts, n_domains: int = 1, *, obs: bool = True) -> CalibrationStats:
         """Stats of nothing, every expert routed alike: what a recipe can be tried on before the dear pass."""
         shape = (len(model.moe_layers), model.n_expert)
         experts = {name: np.ones((n_domains, *shape)) for name in EXPERT_SUMS}
-        neurons = {name: np.ones((*shape, model.n_ff_exp)) for name in (*NEURON_SUMS, *WEIGHT_NORMS, *SOLVED)}
+        names = (*NEURON_SUMS, *WEIGHT_NORMS, *(SOLVED if obs else ()))
+        neurons = {name: np.ones((*shape, model.n_ff_exp)) for name in names}
         domains = (Domain("blank", "", 0),) * n_domains
         return cls(model, domains, 0, experts, neurons, np.ones((*shape, model.n_embd)), np.ones(shape[0]))
 
@@ -152,9 +153,11 @@ class CalibrationStats:
                 raise GgufToolError(f"the stats' {name!r} has shape {have[name].shape}, not {shape}; calibrate again")
         if self.expert_inputs.shape != (n_layers, n_expert, self.model.n_embd):
             raise GgufToolError(f"the stats' 'expert_inputs' has shape {self.expert_inputs.shape}; calibrate again")
-        if self.residual_sq is not None and (self.residual_sq.shape != (n_layers,) or not (self.residual_sq > 0).all()):
+        if self.residual_inverse is not None and (
+            self.residual_inverse.shape != (n_layers,) or not (self.residual_inverse > 0).all()
+        ):
             raise GgufToolError(
-                f"the stats' 'residual_sq' is no positive sum for each of {n_layers} layers; calibrate again"
+                f"the stats' 'residual_inverse' is no positive sum for each of {n_layers} layers; calibrate again"
             )
         for name, values in (*have.items(), ("expert_inputs", self.expert_inputs), *self.linears.items()):
             if not np.isfinite(values).all():
@@ -175,8 +178,8 @@ class CalibrationStats:
         arrays |= {f"neuron.{k}": v for k, v in self.neurons.items()}
         arrays |= {f"linear.{k}": v for k, v in self.linears.items()}
         arrays["expert_inputs"] = self.expert_inputs
-        if self.residual_sq is not None:
-            arrays["residual_sq"] = self.residual_sq
+        if self.residual_inverse is not None:
+            arrays["residual_inverse"] = self.residual_inverse
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -221,7 +224,7 @@ class CalibrationStats:
                 experts=_with_prefix(arrays, "expert."),
                 neurons=_with_prefix(arrays, "neuron."),
                 expert_inputs=arrays["expert_inputs"],
-                residual_sq=arrays.get("residual_sq"),
+                residual_inverse=arrays.get("residual_inverse"),
                 linears=_with_prefix(arrays, "linear."),
                 linear_tokens=int(header["linear_tokens"]),
             )

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .errors import GgufToolError
 
-VERSION = 1
+# Rises where what a layer leaves behind changes.
+VERSION = 2
 PATTERNS = ("state.json", "hidden-*.bin", "layer-*.safetensors", "*.partial")
 
 

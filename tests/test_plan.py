@@ -41,7 +41,7 @@ def test_auto_is_global_by_obs_costs_relative_to_the_residual_stream():
     assert costs.kept_hash == make_plan(stats, Recipe("global", 0.4, criterion="obs", align=8)).kept_hash
     assert costs.kept_hash != plain.kept_hash and costs.formula.startswith("obs")
     # 1/1, 1/2 and 1/4 of mean 7/12: twice as long a stream, half the weight.
-    longer = replace(stats, residual_sq=np.array([1.0, 2.0, 4.0]))
+    longer = replace(stats, residual_inverse=np.array([4.0, 2.0, 1.0]))
     assert residual_weights(longer) == pytest.approx([12 / 7, 6 / 7, 3 / 7])
     deep = make_plan(longer, Recipe("auto", 0.4, align=8))
     own = make_plan(stats, Recipe("global", 0.4, criterion="obs", align=8, layer_weights=(12 / 7, 6 / 7, 3 / 7)))

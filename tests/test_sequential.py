@@ -49,7 +49,7 @@ def test_one_expert_takes_over_what_another_left_undone():
     rest = torch.zeros(n, 1)
     routes = Routes(torch.tensor([[1.0, 0.0]]).repeat(n, 1), chosen, torch.ones(n, 2))
     plan = LayerPlan(0, (0, 1), (np.array([1]), np.array([0, 1])))
-    fitted = LayerFit(ToyExperts(down), routes, rest).solve(plan)
+    fitted = LayerFit(ToyExperts(down), routes, rest, torch.ones(len(rest))).solve(plan)
     assert JOINT_RIDGE == 0.5
     assert fitted[0].tolist() == [[0.0]]
     assert fitted[1].tolist() == [[pytest.approx(5 + 3 / 1.25), 0.0]]
@@ -62,10 +62,12 @@ def test_what_the_layers_before_did_wrong_is_made_good_too():
     routes = Routes(torch.tensor([[1.0, 0.0]]).repeat(40, 1), torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1))
     rest = torch.full((40, 1), -2.0)
     plan = LayerPlan(0, (0, 1), (np.arange(2), np.arange(2)))
-    fitted = LayerFit(ToyExperts(down), routes, rest).solve(plan)
+    fitted = LayerFit(ToyExperts(down), routes, rest, torch.ones(len(rest))).solve(plan)
     assert fitted[0].tolist() == [[pytest.approx(3 - 2 / 1.25), 0.0]]
     assert 1 not in fitted  # it saw no token
-    few = LayerFit(ToyExperts(down), replace(routes, **_first(routes, 2)), torch.full((2, 1), -2.0)).solve(plan)
+    few = LayerFit(
+        ToyExperts(down), replace(routes, **_first(routes, 2)), torch.full((2, 1), -2.0), torch.ones(2)
+    ).solve(plan)
     assert few[0].tolist() == [[pytest.approx(3 - 2 / 1.25 * 2 / 4), 0.0]]  # N / 2K of the way
 
 
@@ -87,7 +89,9 @@ def test_the_joint_step_is_ridge_regression_on_what_is_left(monkeypatch):
     routes = Routes(
         *(torch.tensor(a, dtype=t) for a, t in ((x, torch.float32), (chosen, torch.int64), (weights, torch.float32)))
     )
-    fitted = LayerFit(ToyExperts(torch.tensor(down, dtype=torch.float32)), routes, rest).solve(plan)
+    fitted = LayerFit(ToyExperts(torch.tensor(down, dtype=torch.float32)), routes, rest, torch.ones(len(rest))).solve(
+        plan
+    )
     h = [x * (weights * (chosen == e)).sum(axis=1, keepdims=True) for e in range(2)]
     gram = h[0].T @ h[0]
     ridge = sequential.RIDGE * np.diag(gram).mean()

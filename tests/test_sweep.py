@@ -27,8 +27,9 @@ from models import sample_text, tiny_checkpoint
 
 
 def test_variants() -> None:
-    assert parse_variant("global") == Variant("global", "global", False)
-    assert parse_variant(" tenp+refit ") == Variant("tenp+refit", "tenp", True)
+    assert parse_variant("global") == Variant("global", "global", "")
+    assert parse_variant(" tenp+refit ") == Variant("tenp+refit", "tenp", "plain")
+    assert parse_variant("global+refit=sequential") == Variant("global+refit=sequential", "global", "sequential")
     assert parse_variant("1,0,2") == Variant("1,0,2", "1,0,2")
     assert parse_variant("random").is_control and parse_variant("inverted").is_control
     assert not parse_variant("global").is_control and not parse_variant("1,0,2").is_control
