@@ -32,7 +32,7 @@ PROMPT_TOKENS = 512
 GENERATED_TOKENS = 64
 # Those whose ratios are near 1: speeds are means over two processes, and one stock process against the other is the control.
 TWICE = ("stock", "unpatched", "split")
-# runtime.md of the design; a ratio of 1 is the goal everywhere.
+# What has to be reached; a ratio of 1 is the goal everywhere.
 BARS = {
     "split_generate": 0.97, "split_prompt": 0.97, "pruned_generate": 0.90, "pruned_memory": 1.02,
     "patched_generate": 0.99, "patched_prompt": 0.99,

@@ -205,6 +205,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Decide what stays: free, from stats, as often as you like. Writes a plan that a person can read."""
     from .gguf_file import check_output
+    from .methods import method
     from .plan import dumps
     from .planner import make_plan
     from .report import other_types, plan_table, types_table
@@ -220,6 +221,8 @@ def plan(
     made.save(out)
     for note in made.notes:
         terminal.say(f"note: {note}")
+    if method(recipe.method).refitted and made.kept_share < 1:
+        terminal.say("note: this plan counts on refitted weights: `gguftool refit`, then `gguftool prune --weights`")
     if as_json:
         click.echo(dumps(made), nl=False)
         return

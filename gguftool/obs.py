@@ -25,11 +25,12 @@ MIN_STEPS = 128
 
 @torch.no_grad()
 def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
-    """What every neuron costs at the moment when it goes, float64 [E, K]; sorting by it gives the order.
+    """What every neuron costs at the moment when it goes, float64 [E, K].
 
-    Costs rise along the order (a step that is cheaper than one before it counts like that one), so that the value of the
-    best w neurons is concave in w. Where an expert saw few tokens, N < 2K, the refit corrects only N / 2K of the way, and
-    the cost is mixed in that proportion with that of removing a neuron and leaving the others alone, C_kk ||W_:k||^2.
+    Sorting an expert's neurons by it gives the order in which they go, where it saw 2K tokens or more. Costs rise along the
+    order (a step that is cheaper than one before it counts like that one), so that the value of the best w neurons is
+    concave in w. Where an expert saw few tokens, N < 2K, the refit corrects only N / 2K of the way, and the cost is mixed in
+    that proportion with that of removing a neuron and leaving the others alone, C_kk ||W_:k||^2.
 
     Args:
         grams: C, [E, K, K]. downs: W, [E, d, K]. tokens: N, how many tokens each C runs over, [E].

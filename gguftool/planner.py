@@ -49,7 +49,7 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
         n_expert_used=facts.n_expert_used,
         n_ff_exp=facts.n_ff_exp,
         layers=decision.layers,
-        notes=(*decision.notes, *(_for_refit(recipe) if how.refitted else ()), *_unrouted(stats)),
+        notes=(*decision.notes, *_unrouted(stats)),
     )
     plan.check()
     plan = replace(plan, notes=(*plan.notes, *_rounding(plan)))
@@ -59,12 +59,6 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()
     _check_imatrix(recipe, encoded)
     return replace(plan, tensors=tensors, encoded=encoded)
-
-
-def _for_refit(recipe: Recipe) -> tuple[str, ...]:
-    if not recipe.ratio:
-        return ()
-    return ("the plan counts on refitted weights: make them with `gguftool refit` and give them to `gguftool prune`",)
 
 
 def _check_imatrix(recipe: Recipe, encoded: tuple[TensorSpec, ...]) -> None:

@@ -127,7 +127,7 @@ def check(job: Job, grid: Grid) -> None:
     checkpoint = open_checkpoint(job.model)
     blank = CalibrationStats.blank(model_facts(checkpoint))
     for variant, ratio, target in _combinations(grid):
-        variant.check(make_plan(blank, variant.recipe(ratio, target, 0)))
+        variant.check(make_plan(blank, variant.recipe(ratio, target, 0)), blank.model.norm_topk)
     if grid.seeds > 1:
         tokenizer = checkpoint.tokenizer()
         for path in job.calibration:

@@ -31,12 +31,24 @@ class Variant:
         """What `planner.make_plan` is asked; the seed is that of the random controls."""
         return Recipe(self.method, ratio, target=target, seed=seed)
 
-    def check(self, plan: PrunePlan) -> None:
-        """Raises GgufToolError where the plan leaves a refit nothing to do: it drops whole experts only."""
+    def check(self, plan: PrunePlan, norm_topk: bool | None) -> None:
+        """Raises GgufToolError where the plan leaves a refit nothing to do: it drops whole experts only, and the weights of
+        the others add up to 1 all the same (`norm_topk`)."""
         whole = all(width == plan.n_ff_exp for layer in plan.layers for width in layer.widths)
-        if self.refit and whole and any(len(layer.router) < plan.n_expert for layer in plan.layers):
+        if not self.refit or not whole or all(len(layer.router) == plan.n_expert for layer in plan.layers):
+            return
+        if self.method == "dern":
+            raise GgufToolError(
+                f"--method {self.name}: dern makes weights of its own, and a model takes one set of them"
+            )
+        if norm_topk is not False:
             raise GgufToolError(
                 f"--method {self.name}: {self.method} drops whole experts and narrows none, so there is nothing to refit"
+            )
+        if self.refit == "sequential":
+            raise GgufToolError(
+                f"--method {self.name}: a sequential refit wants every expert in the router; +refit takes back how much "
+                "the router's weights grow"
             )
 
 

@@ -17,6 +17,7 @@ from gguftool.calibrate import LayerStream, calibrate
 from gguftool.checkpoint import _pieces, open_checkpoint
 from gguftool.errors import GgufToolError
 from gguftool.inventory import gguf_name
+from gguftool.obs import RIDGE, costs
 from gguftool.recorders import ExpertRecorder, check_layout, recording
 from gguftool.stats import EXPERT_SUMS, CalibrationStats, Domain
 from models import MODEL_TYPES, tiny_checkpoint, tiny_model
@@ -94,6 +95,40 @@ def test_sums_worked_out_by_hand():
         "down_norm_sq": [[25, 1], [1, 1], [0, 0], [98, 98]],
     }
     assert recorder.inputs.tolist() == [[1, 4], [4, 1], [9, 0], [0, 0]]
+
+
+def test_second_moments_are_gated_and_lead_to_the_costs():
+    """Expert 0: h = (1, 0) with g = 1/2, then (0, 4) with g = 1: C = diag(1/4, 16). Expert 1: h = (4, 1): C = h h^T."""
+    recorder = ExpertRecorder(ToyExperts(), 1, (4, 2, 2), layer=0, obs=True)
+    recorder(torch.tensor([[1.0, 0], [2, 1]]), torch.tensor([[0], [1]]), torch.tensor([[0.5], [1]]))
+    recorder(torch.tensor([[0.0, 2]]), torch.tensor([[0]]), torch.tensor([[1.0]]))
+    assert recorder.grams.tolist() == [[[0.25, 0], [0, 16]], [[16, 4], [4, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
+    found = recorder.arrays()["neuron.obs"]
+    own = costs(recorder.grams, recorder.module.down_proj, torch.tensor([2, 1, 0, 0]))
+    assert np.array_equal(found, own.detach().numpy())
+    # Two tokens of the 2K = 4 that would do: halfway between the refit's cost and that of the column alone.
+    ridge = RIDGE * (0.25 + 16) / 2
+    assert found[0] == pytest.approx([25 * (0.25 + ridge / 2), 16 + ridge / 2])
+    assert found[2].tolist() == [0, 0]
+
+
+def test_the_residual_stream_is_measured_behind_each_layer(checkpoints, whole):
+    """Against transformers' own hidden states: mean over the tokens of 1 / squared length."""
+    checkpoint = checkpoints["qwen3_moe"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    seen: dict[int, list[torch.Tensor]] = {}
+    for index, layer in enumerate(model.model.layers):
+
+        def keep(_module, _args, out, index=index):
+            seen.setdefault(index, []).append(out[0] if isinstance(out, tuple) else out)
+
+        layer.register_forward_hook(keep)
+    with torch.inference_mode():
+        for _, windows in DOMAINS:
+            model(torch.from_numpy(windows))
+    want = [sum(float((1 / out.square().sum(-1)).sum()) for out in seen[layer]) for layer in checkpoint.moe_layers]
+    assert whole.residual_inverse == pytest.approx(want, rel=1e-4)
+    assert max(want) > 1.1 * min(want)
 
 
 def test_recording_is_for_a_while():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gguftool import obs
 from gguftool.errors import GgufToolError
 from gguftool.obs import RIDGE, costs
 from gguftool.planner import make_plan
@@ -60,15 +61,31 @@ def test_each_step_is_the_cheapest_and_costs_what_the_refit_loses():
         assert cost[neuron] == pytest.approx(max(steps[neuron], cost[order[step - 1]] if step else 0), rel=1e-6)
 
 
-def test_blocks_keep_the_total():
-    """Wide experts lose several neurons a step; what all steps cost together is what everything is worth."""
+def test_a_block_costs_what_its_neurons_cost_together(monkeypatch):
+    """Two go in each step, of neurons that depend on each other: what a pair costs is the refit without both."""
+    monkeypatch.setattr(obs, "MIN_STEPS", 4)
     rng = np.random.default_rng(1)
-    h = rng.standard_normal((2000, 300)) * rng.uniform(0.1, 2, 300)
-    gram, down = torch.tensor(h.T @ h), torch.tensor(rng.standard_normal((4, 300)))
-    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(300, dtype=torch.float64)
-    cost = eliminate(gram, down, tokens=2000)
-    assert cost.sum().item() == pytest.approx(torch.trace(down @ damped @ down.T).item(), rel=0.05)
-    assert len(cost.unique()) == 300
+    h = rng.standard_normal((300, 4)) @ rng.standard_normal((4, 8)) + 0.3 * rng.standard_normal((300, 8))
+    gram, down = h.T @ h, rng.standard_normal((5, 8))
+    damped = gram + RIDGE * np.diag(gram).mean() * np.eye(8)
+
+    def lost(kept: list[int]) -> float:
+        fit = np.zeros_like(down)
+        if kept:
+            fit[:, kept] = np.linalg.solve(damped[np.ix_(kept, kept)], (down @ damped)[:, kept].T).T
+        return float(np.trace((down - fit) @ damped @ (down - fit).T))
+
+    cost = eliminate(torch.tensor(gram), torch.tensor(down), tokens=300).numpy()
+    order, kept, floor = np.argsort(cost), list(range(8)), 0.0
+    for step in range(0, 8, 2):
+        pair = [int(k) for k in order[step : step + 2]]
+        single = np.array([lost([i for i in kept if i != k]) - lost(kept) for k in pair])
+        left = [i for i in kept if i not in pair]
+        shares = (lost(left) - lost(kept)) * single / single.sum()
+        for neuron, share in zip(pair, shares, strict=True):
+            floor = max(floor, share)
+            assert cost[neuron] == pytest.approx(floor, rel=1e-6)
+        kept = left
 
 
 def test_few_tokens_trust_the_refit_less():

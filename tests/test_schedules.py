@@ -49,15 +49,13 @@ def test_weights_of_every_schedule():
 @pytest.mark.parametrize(
     ("options", "want"),
     [
-        (dict(), [2, 4, 4, 5]),  # 15 x (1, 4/3, 5/3, 2) / 6 = 2.5, 3.33, 4.17, 5: of 14 one more, to 2.5 ...
+        (dict(), [3, 3, 4, 5]),  # 15 x (1, 4/3, 5/3, 2) / 6 = 2.5, 3.33, 4.17, 5: of 14 one more, to 2.5
         (dict(schedule="uniform"), [4, 4, 4, 3]),
         (dict(schedule="reverse"), [5, 4, 3, 3]),
         (dict(schedule="measured", layer_weights=(3.0, 1.0, 1.0, 0.0)), [9, 3, 3, 0]),
     ],
 )
 def test_whole_experts_of_a_plan(options, want):
-    if not options:
-        want = [3, 3, 4, 5]  # ... which makes it 3
     plan = make_plan(make_stats(n_layer=4, n_expert=16), Recipe("tenp", 0.4, align=8, whole=15 / 64, **options))
     assert [sum(width == 64 for width in layer.widths) for layer in plan.layers] == want
     assert any(f"by layer {want} ({options.get('schedule', 'trapezoid')})" in note for note in plan.notes)

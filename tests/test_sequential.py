@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from gguftool import builtin, sequential
 from gguftool.checkpoint import open_checkpoint
@@ -21,7 +22,11 @@ from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
 from gguftool.refit import refit
 from gguftool.sequential import JOINT_RIDGE, LayerFit, Routes, refit_sequentially
+from gguftool.stats import Domain
+from gguftool.surgery import mask_model
 from gguftool.writer import prune
+from models import tiny_checkpoint
+from synthetic import make_plan as plan_of
 
 
 class ToyExperts(nn.Module):
@@ -163,6 +168,59 @@ def test_stopped_between_layers_it_ends_the_same(case, tmp_path):
         assert again.keys() == whole.keys()
         for key in whole.keys():
             assert np.array_equal(again.get(*key), whole.get(*key))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"), [("qwen2_moe", {"mlp_only_layers": [0]}), ("qwen3_moe", {}), ("mixtral", {})]
+)
+def test_the_pruned_stream_is_that_of_the_masked_model(model_type, sizes, tmp_path):
+    """A dense layer, shared experts, widths from 0 to all: what the last layer gives is what torch gives with the new
+    columns put in."""
+    path = tiny_checkpoint(tmp_path / "model", model_type, dtype="float32", **sizes)
+    checkpoint = open_checkpoint(path)
+    windows = np.random.default_rng(1).integers(1, 300, (12, 64))
+    widths = [[0, 8, 32, 16, 8, 16], [32, 32, 8, 8, 0, 0], [8, 8, 8, 8, 8, 8]][-len(checkpoint.moe_layers) :]
+    plan = plan_of(widths, 32, 2, arch=checkpoint.architecture.gguf_arch, layers=checkpoint.moe_layers)
+    plan = replace(plan, model_fingerprint=checkpoint.fingerprint)
+    domains = [(Domain("random", "0" * 64, windows.size), windows)]
+    run = sequential._Streams(checkpoint, plan, domains, tmp_path / "w", "cpu", torch.float32, None)
+    run.run()
+    ours = run.pruned.hidden()
+    weights = refit_sequentially(checkpoint, plan, domains, tmp_path / "w")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    hidden = []
+    model.model.layers[-1].register_forward_hook(
+        lambda _m, _a, out: hidden.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        whole = _last_hidden(model, hidden, windows)
+        mask_model(model, {layer.index: layer.retained for layer in plan.layers})
+        for layer, expert, _ in weights.keys():
+            kept = plan.layers[list(checkpoint.moe_layers).index(layer)].retained[expert]
+            model.model.layers[layer].mlp.experts.down_proj[expert][:, kept] = torch.from_numpy(
+                weights.get(layer, expert, "down")
+            )
+        theirs = _last_hidden(model, hidden, windows)
+    assert torch.allclose(ours, theirs, atol=2e-3 * float(theirs.abs().max()))
+    # The fit brings it nearer to the original than it was, and it is not the original.
+    with torch.no_grad():
+        for layer in plan.layers:
+            down = model.model.layers[layer.index].mlp.experts.down_proj
+            for expert, kept in enumerate(layer.retained):
+                down[expert][:, kept] = torch.from_numpy(_old_down(checkpoint, layer.index)[expert][:, kept])
+        unfitted = _last_hidden(model, hidden, windows)
+    assert 0 < (ours - whole).square().sum() < 0.95 * (unfitted - whole).square().sum()
+
+
+def _last_hidden(model, hidden, windows):
+    hidden.clear()
+    model(torch.from_numpy(windows))
+    return hidden[0]
+
+
+def _old_down(checkpoint, layer):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    return model.model.layers[layer].mlp.experts.down_proj.detach().numpy()
 
 
 def test_what_it_cannot_refit_is_refused(case, stats, tmp_path):
