@@ -181,7 +181,7 @@ def check_names(models: Sequence[str], types: Sequence[str]) -> None:
 
 def measure(
     model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
-    starts: int = 8, rounds: int = 4, n_layer: int = 0, progress: Progress | None = None,
+    starts: int = 6, rounds: int = 4, n_layer: int = 0, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
 

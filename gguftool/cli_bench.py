@@ -35,7 +35,7 @@ def bench() -> None:
     show_default=True,
     help="Type of the weights; may be repeated.",
 )
-@click.option("--starts", default=8, show_default=True, help="How often all processes are started anew.")
+@click.option("--starts", default=6, show_default=True, help="How often all processes are started anew.")
 @click.option("--rounds", default=4, show_default=True, help="How often each of them is asked, in turns.")
 @click.option("--layers", "n_layer", default=0, show_default=True, help="Layers of the files; 0 picks by size.")
 @click.option("--threads", default=2, show_default=True, help="Threads of llama.cpp.")

@@ -222,6 +222,11 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
         )
         weights = Overrides.load(path)
     notes = weights.origin.notes if weights is not None else ()
+    if refit and weights is None and plan.kept_share < 1:
+        notes = (
+            *notes,
+            "nothing was refitted: whole experts went, and the weights of the others add up to 1 as before",
+        )
     pruned = work.step(
         f"{stem}-{_base_encoding(stats)}.gguf",
         kept,
