@@ -11,6 +11,9 @@ TENP narrows the experts of every layer alike, so what it loses in a layer goes 
 normalised in each layer, so it has no value to divide by. Whole experts in proportion to KL_l are the best allocation where
 what n whole experts save in a layer grows like KL_l log n: the first ones save most, being the most important.
 
+The probes are not refitted. OBS costs say what is lost behind a refit, so with them the weights are a proxy, too large for
+layers in which a refit brings much.
+
 On disk: JSON with a format version and the fingerprints of what it was measured on, a line for each layer.
 """
 
