@@ -280,7 +280,7 @@ def prune(
 @click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --weights`.")
 @click.option(
     "--how",
-    default="",
+    default=None,
     type=click.Choice(["plain", "sequential"]),
     help="Every layer for itself, or one after the other.  [default: by the plan's method]",
 )
@@ -290,7 +290,7 @@ def prune(
 @force_option
 @output_options
 def refit(
-    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str, n_ctx: int, windows: int | None,
+    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
     device: str, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
@@ -503,7 +503,7 @@ def _validate_on(
 @click.option("--quant", "target", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
 @click.option(
     "--refit",
-    default="",
+    default=None,
     type=click.Choice(["plain", "sequential"]),
     help="Refit what stays.  [default: by the method]",
 )
@@ -517,7 +517,7 @@ def _validate_on(
 @backend_option
 @output_options
 def compress(
-    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str, out: Path, n_ctx: int,
+    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path, n_ctx: int,
     windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
     as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
@@ -533,7 +533,7 @@ def compress(
             model=model, calibration=data, evaluation=evaluation, runtime=found, llama=llama, progress=progress,
             n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
         )  # fmt: skip
-        report = run(job, out, recipe, terminal.say, refit=refit)
+        report = run(job, out, recipe, terminal.say, refit=refit or "")
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
 
 
