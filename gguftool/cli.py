@@ -517,8 +517,8 @@ def _validate_on(
 @backend_option
 @output_options
 def compress(
-    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path, n_ctx: int,
-    windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
+    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
+    n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
     as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end."""

@@ -80,6 +80,7 @@ def recipe_options(method: str) -> Callable[[Command], Command]:
             "--calibration", default="task", show_default=True, type=click.Choice(["task", "general"]),
             help="family: what the calibration texts are; it picks the criterion.",
         ),
+        click.option("--relative", is_flag=True, help="Slices: errors relative to the residual stream; more stays early."),
         click.option("--cut-router", is_flag=True, help="Slices: experts that keep no neuron leave the router too."),
         click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
         click.option("--seed", default=0, show_default=True, help="Of the random controls."),

@@ -32,6 +32,7 @@ class Recipe:
         layer_weights: measured weights of the MoE layers by rising depth, from `sensitivity`; None weighs them alike. They
             multiply the values of a slice method; of TENP they are the weights of the schedule "measured".
         calibration: what the calibration texts are, "task" or "general": picks the criterion of the method `family`.
+        relative: slices count a layer's errors relative to the length of its residual stream (`methods.residual_weights`).
         cut_router: experts that keep no neuron leave the router too, instead of being chosen and adding nothing.
         guard: protect super experts from whole-expert drops.
         seed: of the random controls.
@@ -51,6 +52,7 @@ class Recipe:
     mix: tuple[float, ...] | None = None
     layer_weights: tuple[float, ...] | None = None
     calibration: str = "task"
+    relative: bool = False
     cut_router: bool = False
     guard: bool = True
     seed: int = 0

@@ -30,27 +30,33 @@ def test_every_method_makes_a_plan_that_survives_the_disk(name, ratio, tmp_path)
     assert plan.encoded_bytes < plan.tensor_bytes
 
 
-def test_auto_is_global_by_obs_costs_relative_to_the_residual_stream():
+def test_auto_is_global_by_obs_costs_where_there_are_any():
     stats = make_stats()
     plain = make_plan(stats, Recipe("auto", 0.4, align=8))
     assert plain.kept_hash == make_plan(stats, Recipe("global", 0.4, align=8)).kept_hash
-    said = " ".join(plain.notes)
-    assert "no OBS costs" in said and "no lengths of the residual stream" in said
+    assert any("no OBS costs" in note for note in plain.notes)
     stats.neurons["obs"] = np.random.default_rng(3).random(stats.neurons["h_sq"].shape)
     costs = make_plan(stats, Recipe("auto", 0.4, align=8))
     assert costs.kept_hash == make_plan(stats, Recipe("global", 0.4, criterion="obs", align=8)).kept_hash
     assert costs.kept_hash != plain.kept_hash and costs.formula.startswith("obs")
-    # 1/1, 1/2 and 1/4 of mean 7/12: twice as long a stream, half the weight.
+
+
+def test_errors_relative_to_the_residual_stream():
+    """1, 1/2 and 1/4 of mean 7/12: with a stream whose inverse is half, half the weight."""
+    stats = make_stats()
+    with pytest.raises(GgufToolError, match="calibrate again"):
+        make_plan(stats, Recipe("global", 0.4, align=8, relative=True))
     longer = replace(stats, residual_inverse=np.array([4.0, 2.0, 1.0]))
-    assert residual_weights(longer) == pytest.approx([12 / 7, 6 / 7, 3 / 7])
-    deep = make_plan(longer, Recipe("auto", 0.4, align=8))
-    own = make_plan(stats, Recipe("global", 0.4, criterion="obs", align=8, layer_weights=(12 / 7, 6 / 7, 3 / 7)))
-    assert deep.kept_hash == own.kept_hash != costs.kept_hash
-    kept = [sum(layer.widths) for layer in deep.layers]
-    assert kept[0] > kept[1] > kept[2] and any("1.71, 0.86, 0.43" in note for note in deep.notes)
-    # What was measured takes the place of what was derived.
-    measured = make_plan(longer, Recipe("auto", 0.4, align=8, layer_weights=(1.0, 1.0, 1.0)))
-    assert measured.kept_hash == costs.kept_hash
+    weights = (12 / 7, 6 / 7, 3 / 7)
+    assert residual_weights(longer) == pytest.approx(weights)
+    relative = make_plan(longer, Recipe("global", 0.4, align=8, relative=True))
+    given = make_plan(stats, Recipe("global", 0.4, align=8, layer_weights=weights))
+    assert relative.kept_hash == given.kept_hash != make_plan(longer, Recipe("global", 0.4, align=8)).kept_hash
+    kept = [sum(layer.widths) for layer in relative.layers]
+    assert kept[0] > kept[1] > kept[2] and "(1.71, 0.86, 0.43)" in relative.formula
+    for wrong in (Recipe("reap", 0.25, relative=True), Recipe("auto", 0.25, relative=True, layer_weights=weights)):
+        with pytest.raises(GgufToolError, match="--relative is for auto and global"):
+            make_plan(longer, wrong)
 
 
 def test_experts_without_a_neuron_can_leave_the_router():
