@@ -108,7 +108,9 @@ def test_imatrix_has_the_sums_of_every_tier(tiered, imatrix, imatrix_of, plan, t
                 np.testing.assert_array_equal(counts[own], theirs[f"{stock}.counts"][experts])
                 # The order of additions differs, and now and then a BF16 activation is rounded the other way: 2^-8 of one
                 # token in a sum over some. The sums of another expert or neuron are off by a factor.
-                np.testing.assert_allclose(sums[own], theirs[f"{stock}.in_sum2"][experts, :width], rtol=2**-8, atol=1e-6)
+                np.testing.assert_allclose(
+                    sums[own], theirs[f"{stock}.in_sum2"][experts, :width], rtol=2**-8, atol=1e-6
+                )
                 assert (sums[counts[:, 0] > 0] > 0).any(axis=1).all() and counts.any()
                 routed -= counts.sum()
                 compared += 1
