@@ -106,11 +106,11 @@ def test_imatrix_has_the_sums_of_every_tier(tiered, imatrix, imatrix_of, plan, t
                 width = sums.shape[1]
                 assert width == (layer.tiers()[tier].width if role == "down" else theirs[f"{stock}.in_sum2"].shape[1])
                 np.testing.assert_array_equal(counts[own], theirs[f"{stock}.counts"][experts])
-                # The order of additions differs, and now and then a BF16 activation is rounded the other way: 2^-8 of one
-                # token in a sum over some. The sums of another expert or neuron are off by a factor.
-                np.testing.assert_allclose(
-                    sums[own], theirs[f"{stock}.in_sum2"][experts, :width], rtol=2**-8, atol=1e-6
-                )
+                # In the first layer every sum is the same to the bit. Behind it the tiers' outputs were added in another
+                # order, and roundings grow with depth: up to 1.8e-3 of a sum over few tokens in the last layer.
+                rounding = 0.0 if layer.index == 0 else 2**-8
+                want = theirs[f"{stock}.in_sum2"][experts, :width]
+                np.testing.assert_allclose(sums[own], want, rtol=rounding, atol=1e-6 if rounding else 0)
                 assert (sums[counts[:, 0] > 0] > 0).any(axis=1).all() and counts.any()
                 routed -= counts.sum()
                 compared += 1
