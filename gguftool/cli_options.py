@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .recipe import SCHEDULE_NAMES
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from .recipe import Recipe
+    from .runtime import Runtime
     from .terminal import Terminal
 
 FILE = click.Path(path_type=Path)
@@ -92,3 +96,31 @@ def make_terminal(as_json: bool = False, quiet: bool = False) -> Terminal:
     from .terminal import Terminal
 
     return Terminal(as_json=as_json, quiet=quiet)
+
+
+def make_recipe(options: dict[str, Any], target: str | None) -> Recipe:
+    """The recipe that the options of `recipe_options` state. Takes those out of `options` that it has to parse."""
+    from .recipe import Recipe
+
+    ratio, keep = options.pop("ratio"), options.pop("keep")
+    if (ratio is None) == (keep is None):
+        raise click.UsageError("give either --ratio or --keep")
+    depth = options.pop("depth")
+    try:
+        first, last = (float(part) for part in depth.split(":"))
+    except ValueError:
+        raise click.UsageError(f"--depth {depth!r} is not FIRST:LAST") from None
+    try:
+        mix = tuple(float(part) for part in options["mix"].split(",")) if options["mix"] is not None else None
+    except ValueError:
+        raise click.UsageError(f"--mix {options['mix']!r} is not a number for each text, as 2,1") from None
+    options |= {"depth": (first, last), "mix": mix}
+    return Recipe(ratio=1 - keep if ratio is None else ratio, target=target, **options)
+
+
+def load_runtime(backend: str) -> tuple[Runtime, ModuleType]:
+    """The built runtime for a backend, and llama-cpp-python on top of it."""
+    from . import runtime
+
+    found = runtime.require(backend)
+    return found, runtime.load(found)

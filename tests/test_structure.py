@@ -52,8 +52,9 @@ ROWS = [
     ({"pipeline"}, {"numpy"}),
     ({"demo", "sweep"}, set()),
     ({"cli_options"}, {"click"}),
+    ({"cli_calibrate", "cli_plan", "cli_refit", "cli_gguf", "cli_validate", "cli_compress"}, {"click", "rich"}),
     ({"cli_runtime", "cli_bench", "cli_sensitivity", "cli_sweep"}, {"click"}),
-    ({"cli"}, {"click", "rich"}),
+    ({"cli"}, {"click"}),
     ({"__main__"}, set()),
 ]  # fmt: skip
 

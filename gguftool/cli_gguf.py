@@ -1,0 +1,135 @@
+"""The commands that write GGUF files and look into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .cli_options import FILE, force_option, make_terminal, output_options, pre_tokenizer_option
+from .errors import GgufToolError
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@click.option("--outtype", default="auto", show_default=True, help="As llama.cpp's converter has it.")
+@pre_tokenizer_option
+@force_option
+@output_options
+def convert(
+    model: Path, out: Path, outtype: str, pre_tokenizer: str | None, force: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
+    """Convert a Hugging Face checkpoint with llama.cpp's own converter."""
+    from .convert import convert as run
+    from .runtime import require
+
+    terminal = make_terminal(as_json, quiet)
+    with terminal.progress() as progress:
+        run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, progress=progress)
+    size = out.stat().st_size
+    terminal.show({"path": str(out), "bytes": size}, f"{out}: {size:,} bytes")
+
+
+@click.command()
+@click.argument("base", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, required=True, help="Plan to carry out.")
+@click.option("--weights", type=FILE, help="New weights of the experts that stay, by `refit` or `dern`.")
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
+@force_option
+@output_options
+def prune(
+    base: Path, plan_path: Path, weights: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
+    """Write a plan's GGUF, a tensor at a time."""
+    from .overrides import Overrides
+    from .plan import PrunePlan
+    from .report import types_table
+    from .runtime import find
+    from .writer import prune as run
+
+    terminal = make_terminal(as_json, quiet)
+    found = find()
+    with terminal.progress() as progress:
+        report = run(
+            base, PrunePlan.load(plan_path), out, ggml=found.ggml if found else None,
+            overrides=Overrides.load(weights) if weights else None, force=force, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    for note in report.notes:
+        terminal.say(f"note: {note}")
+    if report.requantized:
+        terminal.say(f"note: something in {len(report.requantized)} quantized tensors was quantized anew")
+    facts = {
+        "path": str(out), "written": not dry_run, "layout": report.layout, "bytes": report.file_bytes,
+        "tensors": [vars(spec) | {"bytes": spec.nbytes} for spec in report.tensors], "requantized": report.requantized,
+    }  # fmt: skip
+    listing = [types_table(report.tensors)] if dry_run else []
+    verb = "would be" if dry_run else "is"
+    terminal.show(facts, *listing, f"{out} {verb} {report.layout}, {report.file_bytes:,} bytes")
+
+
+@click.command()
+@click.argument("source", type=FILE)
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@force_option
+@output_options
+def expand(source: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
+    """Turn a tiered file into one for any llama.cpp, padded with zero neurons: the same function, more bytes."""
+    from .expand import expand as run
+
+    terminal = make_terminal(as_json, quiet)
+    with terminal.progress() as progress:
+        notes = run(source, out, force=force, progress=progress)
+    for note in notes:
+        terminal.say(f"note: {note}")
+    size = out.stat().st_size
+    terminal.show({"path": str(out), "bytes": size, "notes": notes}, f"{out} is stock, {size:,} bytes")
+
+
+@click.command()
+@click.argument("source", type=FILE)
+@click.argument("target")
+@click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
+@force_option
+@output_options
+def quantize(
+    source: Path, target: str, out: Path, imatrix: Path | None, force: bool, as_json: bool, quiet: bool
+) -> None:
+    """Quantize with llama.cpp's quantizer, every tensor to the type that the plan counted."""
+    from .quantize import QuantizeTool
+    from .quantize import quantize as run
+    from .runtime import require
+    from .stats import CalibrationStats
+
+    terminal = make_terminal(as_json, quiet)
+    stats = CalibrationStats.load(imatrix) if imatrix else None
+    with terminal.progress() as progress:
+        tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)
+        run(source, target, out, imatrix=stats, tools=tool, force=force)
+    size = out.stat().st_size
+    terminal.show({"path": str(out), "target": target, "bytes": size}, f"{out} is {target}, {size:,} bytes")
+
+
+@click.command()
+@click.argument("path", type=FILE)
+@click.option("--experts", is_flag=True, help="Print the width of every expert.")
+@click.option("--check", is_flag=True, help="Read everything and refuse what is wrong.")
+@output_options
+def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) -> None:
+    """Show what a GGUF holds, expert by expert."""
+    from .gguf_file import GgufFile
+    from .inspection import check as find_faults
+    from .inspection import inspect as run
+    from .report import inspection_tables
+
+    terminal = make_terminal(as_json, quiet)
+    view = run(GgufFile(path))
+    faults = find_faults(view) if check else []
+    facts = view.as_dict() | ({"faults": faults} if check else {})
+    terminal.show(facts, *inspection_tables(facts, experts))
+    if faults:
+        raise GgufToolError(f"{path}: {len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+    if check and not as_json:
+        terminal.show({}, "checked: no fault found")

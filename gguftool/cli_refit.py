@@ -1,0 +1,103 @@
+"""The commands that make new weights for the experts that stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .cli_options import (
+    FILE,
+    data_option,
+    device_option,
+    force_option,
+    make_terminal,
+    n_ctx_option,
+    output_options,
+    windows_option,
+)
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, required=True, help="Plan whose experts to refit.")
+@data_option
+@click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --weights`.")
+@click.option(
+    "--how",
+    default=None,
+    type=click.Choice(["plain", "sequential"]),
+    help="Every layer for itself, or one after the other.  [default: by the plan's method]",
+)
+@n_ctx_option
+@windows_option
+@device_option
+@force_option
+@output_options
+def refit(
+    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
+    device: str, force: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Let what stays take over from what goes: one more pass, least squares on the down projection.
+
+    After a drop of whole experts it takes back how much the weights of a router without renormalisation grow.
+    """
+    from .checkpoint import open_checkpoint
+    from .corpus import load_domain
+    from .gguf_file import check_output
+    from .methods import method
+    from .plan import PrunePlan
+    from .refit import refit as plainly
+    from .sequential import refit_sequentially
+
+    check_output(out, force, plan_path, *data)
+    terminal = make_terminal(as_json, quiet)
+    checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
+    routed = all(len(layer.router) == plan.n_expert for layer in plan.layers)
+    how = how or (method(plan.recipe.method).refitted if routed else "plain")
+    run = refit_sequentially if how == "sequential" else plainly
+    tokenizer = checkpoint.tokenizer()
+    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    with terminal.progress() as progress:
+        made = run(checkpoint, plan, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
+    count = len(made)
+    made.save(out)
+    terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, required=True, help="Plan of the method dern.")
+@click.option("-o", "out", type=FILE, required=True, help="Weights to write, for `prune --weights`.")
+@click.option(
+    "--threshold", default=0.5, show_default=True, help="Cosine above which a neuron of a dropped expert is taken in."
+)
+@click.option(
+    "--match", default="gate-up-down", show_default=True, type=click.Choice(["gate-up-down", "up-down"]),
+    help="What of a neuron is compared.",
+)  # fmt: skip
+@device_option
+@force_option
+@output_options
+def dern(
+    model: Path, plan_path: Path, out: Path, threshold: float, match: str, device: str, force: bool, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Merge the neurons of dropped experts into the experts that stay, from the weights alone (arXiv 2509.10377)."""
+    from .checkpoint import open_checkpoint
+    from .dern import dern as run
+    from .gguf_file import check_output
+    from .plan import PrunePlan
+
+    check_output(out, force, plan_path)
+    terminal = make_terminal(as_json, quiet)
+    checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
+    with terminal.progress() as progress:
+        made = run(checkpoint, plan, out, threshold=threshold, match=match, device=device, progress=progress)
+    facts = {"path": str(out), "threshold": threshold, "match": match, "layers": [vars(moved) for moved in made.layers]}
+    lines = [
+        f"layer {moved.layer}: {moved.found} of {moved.dropped} neurons of dropped experts found a home, in "
+        f"{moved.experts} experts"
+        for moved in made.layers
+    ]
+    terminal.show(facts, *lines, f"{out}: {len(made.weights.experts)} experts recombined")
