@@ -49,7 +49,10 @@ def refit(
     from .plan import PrunePlan
     from .refit import refit as plainly
     from .sequential import refit_sequentially
+    from .workdir import clear_leftovers
 
+    scratch = out.with_name(out.name + ".work")
+    clear_leftovers(scratch, out)
     check_output(out, force, plan_path, *data)
     terminal = make_terminal(as_json, quiet)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
@@ -59,7 +62,7 @@ def refit(
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
     with terminal.progress() as progress:
-        made = run(checkpoint, plan, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
+        made = run(checkpoint, plan, domains, scratch, device=device, progress=progress)
     count = len(made)
     made.save(out)
     terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from . import __version__, encoding
-from .calibrate import OBS_BYTES, calibrate, obs_bytes
+from .calibrate import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, read_text
 from .dern import dern, drops_experts
+from .durable import flush, settle
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .forward import Windows
@@ -79,6 +80,7 @@ class Workspace:
         self._remember(name, BEING_MADE)
         path.unlink(missing_ok=True)
         make(path)
+        flush(path)
         self._remember(name, key)
         return path
 
@@ -86,7 +88,7 @@ class Workspace:
         self.state[name] = key
         partial = self.folder / "state.json.partial"
         partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "state.json")
+        settle(partial, self.folder / "state.json")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, job.n_ctx, job.windows, job.seed) for path in job.calibration]
     _check_evaluation(job, tokenizer)
-    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains), obs=obs_bytes(checkpoint) <= OBS_BYTES)
+    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
     for recipe in recipes:
         make_plan(blank, recipe)
     inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}

@@ -81,7 +81,7 @@ def refit(
         for name in work.names(layer)
     }
     origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains))
-    return Overrides(origin, places, work.remove)
+    return Overrides(origin, places, work.remove, work_dir)
 
 
 def can_refit(checkpoint: Checkpoint, plan: PrunePlan) -> bool:

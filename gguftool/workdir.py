@@ -1,14 +1,13 @@
 """The state of a calibration between two layers, on disk.
 
 `state.json` says what the state belongs to and how many layers are done; `hidden-N.bin` is the input of layer N for all
-windows; `layer-N.safetensors` holds the sums of a finished layer. Every file is written under another name and renamed,
-and `state.json` is the last, so that a run may be stopped at any moment.
+windows; `layer-N.safetensors` holds the sums of a finished layer. Every file is written under another name, flushed to the
+disk and renamed, and `state.json` is the last, so that a run may be stopped, killed or cut off from its power at any moment.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,11 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from .durable import SAVED, is_saved, settle
 from .errors import GgufToolError
 
 # Rises where what a layer leaves behind changes.
 VERSION = 2
 PATTERNS = ("state.json", "hidden-*.bin", "layer-*.safetensors", "*.partial")
+# Work directories that may lie inside of one: the two streams of a sequential refit, and those of ranks.
+INSIDE = ("original", "pruned", "rank-*-of-*")
 
 
 class WorkDir:
@@ -51,6 +53,8 @@ class WorkDir:
             self.position = self._find_position()
             if self.position is None:
                 self._clear()
+            else:
+                self._sweep(self.position)
             need, free = 2 * self._bytes(), shutil.disk_usage(path).free
             if self.position is None and free < need:
                 raise GgufToolError(
@@ -70,30 +74,46 @@ class WorkDir:
         with _stated(self.path), partial.open("wb") as stream:
 
             def append(windows: Tensor) -> None:
-                stream.write(windows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                stream.write(windows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().data)
 
             yield append
-            stream.flush()
-            os.fsync(stream.fileno())
             if stream.tell() != self._bytes():
                 raise GgufToolError(f"{partial}: {stream.tell()} bytes were written, not {self._bytes()}")
-        partial.replace(target)
+        with _stated(self.path):
+            settle(partial, target)
 
     def advance(self, sums: Mapping[str, NDArray[Any]] | None = None) -> None:
-        """Marks layer `position` done with these sums (None: the embedding is done) and frees its input."""
+        """Marks layer `position` done with these sums (None: the embedding is done). Its input is there until `free`."""
         finished = self.position
         with _stated(self.path):
             if finished is not None:
                 target = self.sums_path(finished)
                 partial = target.with_name(target.name + ".partial")
                 save_file({name: np.ascontiguousarray(value) for name, value in (sums or {}).items()}, partial)
-                partial.replace(target)
+                settle(partial, target)
             self.position = 0 if finished is None else finished + 1
             partial = self.path / "state.json.partial"
             partial.write_text(json.dumps({"identity": self.identity, "position": self.position}))
-            partial.replace(self.path / "state.json")
-            if finished is not None:
-                self._hidden(finished).unlink(missing_ok=True)
+            settle(partial, self.path / "state.json")
+
+    def free(self) -> None:
+        """Removes the input of the layer that was finished last."""
+        if self._at():
+            self._hidden(self._at() - 1).unlink(missing_ok=True)
+
+    def go_back(self) -> None:
+        """Takes back the last `advance`, whose layer's input is still there."""
+        position = self._at() - 1
+        hidden = self._hidden(position)
+        if position < 0 or not hidden.is_file() or hidden.stat().st_size != self._bytes():
+            self.restart()
+            return
+        self.position = position
+
+    def restart(self) -> None:
+        """Forgets everything."""
+        self._clear()
+        self.position = None
 
     def sums(self, layer: int) -> dict[str, NDArray[np.float64]]:
         """The sums of a finished layer."""
@@ -139,8 +159,13 @@ class WorkDir:
             return False
 
     def _clear(self) -> None:
-        for pattern in PATTERNS:
-            for file in self.path.glob(pattern):
+        _clear(self.path)
+
+    def _sweep(self, position: int) -> None:
+        """Removes what a killed run left behind and nobody reads any more."""
+        kept = {self._hidden(position), self._hidden(position - 1)}
+        for file in (*self.path.glob("hidden-*.bin"), *self.path.glob("*.partial")):
+            if file not in kept:
                 file.unlink()
 
     def _bytes(self) -> int:
@@ -148,6 +173,28 @@ class WorkDir:
 
     def _hidden(self, layer: int) -> Path:
         return self.path / f"hidden-{layer:03}.bin"
+
+
+def clear_leftovers(work_dir: Path, out: Path) -> None:
+    """Removes the work directory of a run that was killed behind the saving of its result `out`."""
+    if not is_saved(work_dir, out):
+        return
+    with _stated(work_dir):
+        for pattern in INSIDE:
+            for folder in work_dir.glob(pattern):
+                _clear(folder)
+                with suppress(OSError):
+                    folder.rmdir()
+        _clear(work_dir)
+        with suppress(OSError):
+            work_dir.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Removes the files of a work directory, the note of what was saved last."""
+    for pattern in (*PATTERNS, SAVED):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 @contextmanager
