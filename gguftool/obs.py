@@ -11,7 +11,8 @@ they are no sums: two halves of a calibration do not add up to the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +25,10 @@ MIN_STEPS = 128
 
 
 @torch.no_grad()
-def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
+def costs(
+    grams: Sequence[Tensor] | Tensor, downs: Sequence[Tensor] | Tensor, tokens: Tensor, *, threads: int = 0,
+    tell: Callable[[int], None] | None = None,
+) -> Tensor:  # fmt: skip
     """What every neuron costs at the moment when it goes, float64 [E, K].
 
     Sorting an expert's neurons by it gives the order in which they go, where it saw 2K tokens or more. Costs rise along the
@@ -33,21 +37,43 @@ def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
     that proportion with that of removing a neuron and leaving the others alone, C_kk ||W_:k||^2.
 
     Args:
-        grams: C, [E, K, K]. downs: W, [E, d, K]. tokens: N, how many tokens each C runs over, [E].
+        grams: C, E of [K, K]. downs: W, E of [d, K]. tokens: N, how many tokens each C runs over, [E].
+        threads: experts that are worked on at the same time, each by one thread; 0 for as many as torch uses.
+        tell: called with the number of experts that are done.
     """
-    # One expert at a time stays in the caches, and matrices as small as these lose by being shared among threads.
-    with _one_thread():
-        return torch.stack([_costs(*one) for one in zip(grams, downs, tokens.tolist(), strict=True)])
+    if not len(grams):
+        return torch.zeros(0, 0, dtype=torch.float64)
+    jobs = list(zip(grams, downs, tokens.tolist(), strict=True))
+    found, done = [], 0
+    # An expert that one thread works on stays in its caches, and matrices as small as these lose by being shared.
+    with (
+        _one_thread() as most,
+        ThreadPoolExecutor(threads or most, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        # The GPU works on one expert after the other by itself.
+        run = pool.map if jobs[0][0].device.type == "cpu" and len(jobs) > 1 else map
+        for cost in run(_quietly, *zip(*jobs, strict=True)):
+            found.append(cost)
+            done += 1
+            if tell is not None:
+                tell(done)
+    return torch.stack(found)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[int]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _quietly(gram: Tensor, down: Tensor, tokens: float) -> Tensor:
+    """`_costs` in a thread, which has a gradient mode of its own."""
+    return _costs(gram, down, tokens)
 
 
 def _costs(gram: Tensor, down: Tensor, tokens: float) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import GgufToolError
-from .obs import costs
 from .router_fix import RouterFix
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
@@ -31,6 +30,16 @@ class Recorder(Protocol):
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What was recorded, to be saved with the layer."""
         ...
+
+
+class Moments(Protocol):
+    """What adds up the second moments of a layer's neurons and solves OBS costs from them; `grams.Grams` is one."""
+
+    def see(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
+
+    def add(self, expert: int, h: Tensor, gate: Tensor) -> None: ...
+
+    def costs(self, counts: Tensor) -> Tensor: ...
 
 
 def run_experts(
@@ -67,13 +76,13 @@ class ExpertRecorder:
         experts: sums over the tokens routed to an expert of one domain, name -> float64 [D, E].
         neurons: sums of all domains and the norms of the down columns, name -> float64 [E, K].
         inputs: sum of x^2 over the tokens routed to an expert, float64 [E, d].
-        grams: C = sum of g^2 h h^T, float32 [E, K, K], from which `arrays` solves the OBS costs; None where not wanted.
+        grams: takes C = sum of g^2 h h^T, from which `arrays` solves the OBS costs; None where not wanted.
         domain: index of the domain that the next call belongs to.
     """
 
     @torch.no_grad()
     def __init__(
-        self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int, *, obs: bool = False
+        self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int, grams: Moments | None = None
     ) -> None:
         """`shape` is (E, K, d). Raises GgufToolError for an experts module that is laid out in another way."""
         n_expert, width, n_embd = shape
@@ -84,16 +93,15 @@ class ExpertRecorder:
         self.experts: Sums = dict(zip(EXPERT_SUMS, self._token_sums, strict=True))
         self.neurons: Sums = {name: _zeros(down, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
         self.inputs = _zeros(down, n_expert, n_embd)
-        self.grams: Tensor | None = None
-        if obs:
-            kind = torch.promote_types(down.dtype, torch.float32)
-            self.grams = torch.zeros(n_expert, width, width, dtype=kind, device=down.device)
+        self.grams = grams
         for expert in range(n_expert):
             self.neurons["down_norm_sq"][expert] = down[expert].double().square().sum(dim=0)
 
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
+        if self.grams is not None:
+            self.grams.see(hidden_states, top_k_index, top_k_weights)
         return run_experts(hidden_states, top_k_index, top_k_weights, self.inputs.shape[0], self._run)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -101,8 +109,7 @@ class ExpertRecorder:
         found = {f"expert.{name}": value.cpu().numpy() for name, value in self.experts.items()}
         found |= {f"neuron.{name}": value.cpu().numpy() for name, value in self.neurons.items()}
         if self.grams is not None:
-            down, tokens = self.module.get_parameter("down_proj"), self.experts["count"].sum(dim=0)
-            found["neuron.obs"] = costs(self.grams, down, tokens).cpu().numpy()
+            found["neuron.obs"] = self.grams.costs(self.experts["count"].sum(dim=0)).cpu().numpy()
         return found | {"expert_inputs": self.inputs.cpu().numpy()}
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
@@ -146,8 +153,7 @@ class ExpertRecorder:
             "proj_abs": proj.abs(),
         }
         if self.grams is not None:
-            weighted = (h * gate[:, None]).to(self.grams.dtype)
-            self.grams[expert].addmm_(weighted.T, weighted)
+            self.grams.add(expert, h, gate)
         for name, values in per_neuron.items():
             self.neurons[name][expert] += values.sum(dim=0, dtype=torch.float64)
         self.inputs[expert] += x.square().sum(dim=0, dtype=torch.float64)
