@@ -22,6 +22,8 @@ from torch import Tensor
 RIDGE = 1e-2
 # Steps that an elimination takes at least: wide experts lose several neurons in a step.
 MIN_STEPS = 128
+# The matrices of an elimination are cut down when this share of their rows is left.
+SHRINK = 0.8
 
 
 @torch.no_grad()
@@ -95,10 +97,16 @@ def _eliminate(inverse: Tensor, product: Tensor) -> Tensor:
     """The costs from [C + ridge]^-1 and W^T W, both [K, K]; they are used up."""
     width = inverse.shape[0]
     cost = torch.zeros(width, dtype=torch.float64, device=inverse.device)
+    names = torch.arange(width, device=inverse.device)
     stays = torch.ones(width, dtype=torch.bool, device=inverse.device)
     step = max(1, width // MIN_STEPS)
     floor = 0.0
     for left in range(width, 0, -step):
+        if left <= SHRINK * len(names):
+            # Rows and columns of what is gone are moved out of the way, now and then: a move costs as much as a step.
+            kept = torch.nonzero(stays).flatten()
+            inverse, product, names = inverse[kept][:, kept], product[kept][:, kept], names[kept]
+            stays = torch.ones_like(kept, dtype=torch.bool)
         single = torch.where(stays, (product.diagonal() / inverse.diagonal()).clamp(min=0), torch.inf)
         cheapest = torch.topk(single, min(step, left), largest=False, sorted=True)
         gone = cheapest.indices
@@ -107,14 +115,15 @@ def _eliminate(inverse: Tensor, product: Tensor) -> Tensor:
         # What the step costs is shared out by what each of its neurons would cost alone.
         together = (inner * block).sum().clamp(min=0)
         share = cheapest.values / cheapest.values.sum().clamp(min=1e-300)
-        for index, value in zip(gone.tolist(), (share * together).tolist(), strict=True):
+        for index, value in zip(names[gone].tolist(), (share * together).tolist(), strict=True):
             # A hair above the one before, so that equal costs keep their order.
             floor = max(value, floor * (1 + 1e-9) + 1e-300)
             cost[index] = floor
         move = of_inverse.T @ block
-        change = move @ of_product
-        product += move @ inner @ move.T - change - change.T
-        inverse -= move @ of_inverse
+        # product += move inner move^T - move of_product - its transpose, as one product of two thin matrices.
+        half = 0.5 * (move @ inner) - of_product.T
+        product.addmm_(torch.cat([move, half], dim=1), torch.cat([half, move], dim=1).T)
+        inverse.addmm_(move, of_inverse, alpha=-1)
         stays[gone] = False
         # What is gone takes no part: a unit diagonal keeps the quotient finite.
         for matrix, diagonal in ((inverse, 1.0), (product, 0.0)):
