@@ -95,13 +95,15 @@ class ExpertRecorder:
         self.inputs = _zeros(down, n_expert, n_embd)
         self.grams = grams
         for expert in range(n_expert):
-            self.neurons["down_norm_sq"][expert] = down[expert].double().square().sum(dim=0)
+            column = down[expert].to(torch.promote_types(down.dtype, torch.float32)).square().sum(dim=0)
+            self.neurons["down_norm_sq"][expert] = column.to(self.inputs.device)
 
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
         if self.grams is not None:
             self.grams.see(hidden_states, top_k_index, top_k_weights)
+        self._add_inputs(hidden_states, top_k_index)
         return run_experts(hidden_states, top_k_index, top_k_weights, self.inputs.shape[0], self._run)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -121,14 +123,17 @@ class ExpertRecorder:
         return f * gate[:, None]
 
     def _record(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
-        """Adds n tokens to the sums. Per token in float32 at least, over tokens in float64.
+        """Adds n tokens to the sums. Per token, and over those of one call, in float32 at least; over calls in float64.
 
         Neuron projection p_k = h_k <W_:k, f> / ||f|| in its cheap form h * (f W) / ||f||: arXiv 2606.09885 (ENP).
         """
         work = torch.promote_types(x.dtype, torch.float32)
-        x, h, f, gate, down = (value.to(work) for value in (x, h, f, gate, down))
+        # BF16 rounds f W by as much as it rounded f, and several times as fast; float16 might overflow.
+        wide = f.dtype if f.dtype == torch.bfloat16 else work
+        proj = (f.to(wide) @ down.to(wide)).to(work)
+        x, h, f, gate = (value.to(work) for value in (x, h, f, gate))
         norm = torch.linalg.vector_norm(f, dim=1)
-        cosine = functional.cosine_similarity(x, f, dim=1, eps=torch.finfo(work).tiny)
+        lengths = (torch.linalg.vector_norm(x, dim=1) * norm).clamp(min=torch.finfo(work).tiny)
         per_token = {
             "count": torch.ones_like(gate),
             "gate": gate,
@@ -137,26 +142,26 @@ class ExpertRecorder:
             "norm_sq": norm.square(),
             "gate_norm": gate * norm,
             "gate_sq_norm_sq": (gate * norm).square(),
-            "turn": gate * norm * (1 - cosine),
+            "turn": gate * norm * (1 - (x * f).sum(dim=1) / lengths),
             "max_out": torch.zeros_like(gate),
         }
         rows = torch.stack([per_token[name] for name in EXPERT_SUMS])
-        self._token_sums[:, self.domain, expert] += rows.sum(dim=1, dtype=torch.float64)
+        _add(self._token_sums[:, self.domain, expert], rows.sum(dim=1))
         largest = self.experts["max_out"][self.domain, expert]
-        torch.maximum(largest, f.abs().max().double(), out=largest)
-        h_sq = h.square()
-        proj = h * (f @ down) * torch.where(norm > 0, 1 / norm, 0)[:, None]
-        per_neuron = {
-            "h_sq": h_sq,
-            "gate_sq_h_sq": gate.square()[:, None] * h_sq,
-            "proj": proj,
-            "proj_abs": proj.abs(),
-        }
+        torch.maximum(largest, f.abs().max().to(largest.device).double(), out=largest)
         if self.grams is not None:
             self.grams.add(expert, h, gate)
-        for name, values in per_neuron.items():
-            self.neurons[name][expert] += values.sum(dim=0, dtype=torch.float64)
-        self.inputs[expert] += x.square().sum(dim=0, dtype=torch.float64)
+        proj.mul_(h).mul_(torch.where(norm > 0, 1 / norm, 0)[:, None])
+        plain, gated = torch.stack([per_token["count"], per_token["gate_sq"]]) @ h.square()
+        sums = {"h_sq": plain, "gate_sq_h_sq": gated, "proj": proj.sum(dim=0), "proj_abs": proj.abs_().sum(dim=0)}
+        for name, value in sums.items():
+            _add(self.neurons[name][expert], value)
+
+    def _add_inputs(self, x: Tensor, chosen: Tensor) -> None:
+        """Adds x^2 to the inputs of the experts that were chosen: one product with zeros and ones for all of them."""
+        work = torch.promote_types(x.dtype, torch.float32)
+        routed = torch.zeros(self.inputs.shape[0], len(x), dtype=work, device=x.device).scatter_(0, chosen.T, 1.0)
+        _add(self.inputs, routed @ x.to(work).square())
 
 
 class GramRecorder:
@@ -239,8 +244,9 @@ class LinearRecorder:
         """Adds x [..., columns]."""
         x = x.reshape(-1, x.shape[-1])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        total = x.square().sum(dim=0, dtype=torch.float64)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        if name not in self.sums:
+            self.sums[name] = _zeros(x, x.shape[-1])
+        _add(self.sums[name], x.square().sum(dim=0))
 
 
 @contextmanager
@@ -267,4 +273,10 @@ def check_layout(module: nn.Module, shape: tuple[int, int, int], layer: int) -> 
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+    """Where sums are taken: on the device of `like`, or on the CPU where that cannot count in float64."""
+    device = "cpu" if like.device.type == "mps" else like.device
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def _add(total: Tensor, value: Tensor) -> None:
+    total += value.to(total.device)
