@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,11 @@ from .durable import SAVED
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
 from .grams import Grams, ObsPlan
 from .inventory import model_facts
+from .memory import MemoryPlan, plan_memory
 from .ranks import ALONE, Ranks
 from .recorders import ExpertRecorder
 from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS, CalibrationStats, Domain
 from .workdir import WorkDir
-
-# A layer's K x K second moments may take so much memory before OBS costs are left out: 302 MB at Qwen3-30B's sizes.
-OBS_BYTES = 2 << 30
 
 
 def calibrate(
@@ -33,6 +32,7 @@ def calibrate(
     dtype: torch.dtype = torch.float32,
     hidden_dtype: torch.dtype = torch.float32,
     batch: int = 4,
+    how: MemoryPlan | None = None,
     obs: bool = True,
     progress: Progress | None = None,
     out: Path | None = None,
@@ -47,6 +47,7 @@ def calibrate(
             model, texts and types; otherwise it starts anew. Removed at the end, behind the saving to `out`.
         dtype: of the computation. hidden_dtype: of the hidden states on disk.
         batch: windows that run through a layer at once.
+        how: takes the place of the three above, and says what lies in memory.
         obs: whether to solve OBS costs too.
         progress: called with (windows x layers done, all of them, what is being done).
         out: where to save the stats; where that fails, `work_dir` still has everything for another try.
@@ -58,13 +59,19 @@ def calibrate(
     facts = model_facts(checkpoint)
     shape = (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
 
-    group = 0 if obs_bytes(checkpoint) <= OBS_BYTES else 1
+    if how is None:
+        total = sum(len(windows) for _, windows in domains)
+        n_ctx = domains[0][1].shape[1] if domains else 1
+        how = plan_memory(checkpoint, total, n_ctx, dtype, None, moments=None if obs else 0)
+        how = replace(how, batch=batch)
+    else:
+        dtype = hidden_dtype = how.dtype
 
     def record(module: nn.Module, layer: int) -> ExpertRecorder:
         def tell(done: int, total: int) -> None:
             run.note(layer, f"OBS of expert {done} of {total}")
 
-        grams = Grams(module, ObsPlan(group, own, run.windows.size), ranks, tell) if obs else None
+        grams = Grams(module, ObsPlan(how.group, own, run.windows.size, how.threads), ranks, tell) if obs else None
         return ExpertRecorder(module, len(domains), shape, layer, grams)
 
     run = LayeredPass(
@@ -78,7 +85,7 @@ def calibrate(
     )
     key = identity(checkpoint, domains, dtype, hidden_dtype) | {"obs": obs, "ranks": ranks.count}
     own = work_dir if ranks.count == 1 else work_dir / f"rank-{ranks.rank}-of-{ranks.count}"
-    work = WorkDir(own, key, run.shape, hidden_dtype)
+    work = WorkDir(own, key, run.shape, hidden_dtype, resident=how.resident)
     run.run(work)
     linears = run.finish(work)
     saved = [work.sums(layer) for layer in range(checkpoint.n_layers)]
@@ -109,8 +116,3 @@ def calibrate(
         with suppress(OSError):
             work_dir.rmdir()
     return stats
-
-
-def obs_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of one layer's second moments, [E, K, K] in float32."""
-    return 4 * checkpoint.n_expert * checkpoint.n_ff_exp**2

@@ -12,6 +12,7 @@ from .cli_options import (
     device_option,
     force_option,
     make_terminal,
+    memory_options,
     n_ctx_option,
     output_options,
     windows_option,
@@ -32,11 +33,12 @@ from .cli_options import (
 @windows_option
 @click.option("--part", metavar="I/N", help="Only part I of N of each text's windows; `stats merge` adds up the parts.")
 @device_option
+@memory_options
 @force_option
 @output_options
 def calibrate(
     model: Path, data: tuple[Path, ...], out: Path, obs: bool, n_ctx: int, windows: int | None, part: str | None,
-    device: str, force: bool, as_json: bool, quiet: bool,
+    device: str, dtype: str, memory: str | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
 
@@ -47,6 +49,8 @@ def calibrate(
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output
+    from .loader import usable_device
+    from .memory import parse_bytes, parse_dtype, plan_memory
     from .parts import parse_part, part_of
     from .processes import own_device, process_rank
     from .ranks import joined
@@ -61,11 +65,19 @@ def calibrate(
                 clear_leftovers(scratch, out)
             check_output(out, force, *data)
             chosen = parse_part(part) if part is not None else None
+            limit, kind = parse_bytes(memory) if memory is not None else None, parse_dtype(dtype)
+            usable_device(own_device(device))
             checkpoint = open_checkpoint(model)
             tokenizer = checkpoint.tokenizer()
             domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
             if chosen is not None:
                 domains = part_of(domains, *chosen)
+            count = sum(-(-len(tokens) // ranks.count) for _, tokens in domains)
+            how = plan_memory(
+                checkpoint, count, n_ctx, kind, limit, device=device, moments=None if obs else 0, n_domains=len(domains)
+            )
+        if memory is not None and not silent:
+            terminal.say(str(how))
         with terminal.progress() as progress:
             stats = run(
                 checkpoint,

@@ -112,11 +112,12 @@ class Grams:
         if self._file is None:
             assert self.moments is not None, "the moments were used up"
             return self.moments
-        routes, moments = self._file.routes(), self._zeros(len(experts))
-        for place, expert in enumerate(experts):
-            for _, h in routes.neurons(self.module, expert, *routes.of(expert)):
-                moments[place].addmm_(h.T, h)
-        return moments
+        return torch.stack([self._file.moments(self.module, expert)[0] for expert in experts])
 
     def _zeros(self, count: int) -> Tensor:
         return torch.zeros(count, self.width, self.width, dtype=self._kind, device=self._device)
+
+
+def _solvable(value: Tensor) -> Tensor:
+    """Metal has no float64."""
+    return value.cpu() if value.device.type == "mps" else value

@@ -79,16 +79,18 @@ def _quietly(gram: Tensor, down: Tensor, tokens: float) -> Tensor:
 
 
 def _costs(gram: Tensor, down: Tensor, tokens: float) -> Tensor:
-    gram, down = gram.double(), down.double()
+    # Matrices of K x K are what a solve takes in memory: no more of them than needed (`memory.SOLVE`).
+    gram, down = gram.to(torch.float64, copy=True), down.double()
     width = gram.shape[0]
     alone = gram.diagonal() * down.square().sum(dim=0)
     ridge = RIDGE * gram.diagonal().mean()
     if not tokens or ridge <= 0:
         return alone
-    damped = gram.clone()
-    damped.diagonal().add_(ridge)
+    gram.diagonal().add_(ridge)
+    inverse = torch.linalg.inv(gram)
+    del gram
     # W enters only by its products: K x K instead of d x K.
-    cost = _eliminate(torch.linalg.inv(damped), down.T @ down)
+    cost = _eliminate(inverse, down.T @ down)
     sure = min(1.0, tokens / (2 * width))
     return sure * cost + (1 - sure) * alone
 

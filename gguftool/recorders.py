@@ -164,6 +164,16 @@ class ExpertRecorder:
         _add(self.inputs, routed @ x.to(work).square())
 
 
+class KeptInputs(Protocol):
+    """Keeps what experts are given, to compute their neurons a second time; `routes.RoutesFile` is one."""
+
+    def append(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
+
+    def moments(self, module: nn.Module, expert: int) -> tuple[Tensor, int]: ...
+
+    def close(self) -> None: ...
+
+
 class GramRecorder:
     """Stands in for an experts module's forward and takes C = sum of g^2 h h^T of the experts that a plan narrows.
 
@@ -178,15 +188,18 @@ class GramRecorder:
         solve: Callable[[Tensor, Tensor, Neurons, int], Tensor],
         fix: RouterFix | None = None,
         whole: Collection[int] = (),
+        kept: KeptInputs | None = None,
     ) -> None:
         """`retained`: neurons that stay, by expert that is narrowed; `whole`: experts that keep all of theirs;
-        `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`."""
+        `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`; `kept`: where C is not added up on the way but computed
+        at the end, an expert at a time."""
         self.module, self.retained, self.solve, self.domain = module, retained, solve, 0
-        self.fix, self.whole = fix, whole
+        self.fix, self.whole, self.kept = fix, whole, kept
         down = module.get_parameter("down_proj")
         width = down.shape[2]
         work = torch.promote_types(down.dtype, torch.float32)
-        self.grams = {expert: torch.zeros(width, width, dtype=work, device=down.device) for expert in retained}
+        on_the_way = () if kept is not None else retained
+        self.grams = {expert: torch.zeros(width, width, dtype=work, device=down.device) for expert in on_the_way}
         self.counts = dict.fromkeys(retained, 0)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -194,6 +207,8 @@ class GramRecorder:
         n_expert = self.module.get_parameter("down_proj").shape[0]
         if self.fix is not None:
             self.fix.add(hidden_states, top_k_index, top_k_weights)
+        if self.kept is not None:
+            self.kept.append(hidden_states, top_k_index, top_k_weights)
         return run_experts(hidden_states, top_k_index, top_k_weights, n_expert, self._run)
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
@@ -208,14 +223,21 @@ class GramRecorder:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """`<expert>.down` -> the new down columns, float32 [d, w]."""
         down = self.module.get_parameter("down_proj")
-        found = {
-            expert: self.solve(down[expert], self.grams[expert], neurons, self.counts[expert]).float()
-            for expert, neurons in self.retained.items()
-        }
+        found = {}
+        for expert, neurons in self.retained.items():
+            gram, count = self._moments(expert)
+            found[expert] = self.solve(down[expert], gram, neurons, count).float()
+        if self.kept is not None:
+            self.kept.close()
         for expert, scale in self.fix.scales().items() if self.fix is not None else ():
             if expert in found or expert in self.whole:
                 found[expert] = scale * found.get(expert, down[expert].float())
         return {f"{expert}.down": columns.cpu().numpy() for expert, columns in found.items()}
+
+    def _moments(self, expert: int) -> tuple[Tensor, int]:
+        if self.kept is not None:
+            return self.kept.moments(self.module, expert)
+        return self.grams[expert], self.counts[expert]
 
 
 class LinearRecorder:

@@ -54,6 +54,7 @@ class RoutesFile:
         self._chosen: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._seen = 0
+        self._routes: Routes | None = None
 
     def append(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """Hidden states [n, d], chosen experts [n, k] and their weights [n, k], on the CPU from here."""
@@ -66,6 +67,18 @@ class RoutesFile:
     def routes(self) -> Routes:
         """All tokens that came in."""
         return Routes(self._inputs[: self._seen], torch.cat(self._chosen), torch.cat(self._weights))
+
+    def moments(self, module: nn.Module, expert: int) -> tuple[Tensor, int]:
+        """C = sum of g^2 h h^T of one expert, [K, K], and how many tokens that runs over."""
+        if self._routes is None:
+            self._routes = self.routes()
+        down = module.get_parameter("down_proj")
+        kind = torch.promote_types(down.dtype, torch.float32)
+        gram = torch.zeros(down.shape[2], down.shape[2], dtype=kind, device=down.device)
+        rows, weights = self._routes.of(expert)
+        for _, h in self._routes.neurons(module, expert, rows, weights):
+            gram.addmm_(h.T, h)
+        return gram, len(rows)
 
     def close(self) -> None:
         """Removes the file."""

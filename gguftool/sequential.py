@@ -34,6 +34,8 @@ from .checkpoint import Checkpoint
 from .durable import SAVED
 from .errors import GgufToolError
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
+from .loader import usable_device
+from .memory import DEFAULT_BATCH, MemoryPlan
 from .obs import RIDGE
 from .overrides import Key, Origin, Overrides
 from .plan import LayerPlan, Neurons, PrunePlan
@@ -54,13 +56,15 @@ def refit_sequentially(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    how: MemoryPlan | None = None,
     progress: Progress | None = None,
 ) -> Overrides:
     """The fitted down columns of every expert that keeps a neuron, narrowed or whole. Resumable at every layer.
 
-    On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, five times tokens x d, read
-    in random order, so they should fit into the free memory. In memory a layer, its fitted down columns in float32 and the
-    second moments of one expert at a time.
+    On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, five times tokens x d. An
+    expert reads its tokens there in their order, but not all of them, so it is quickest where they fit into the free memory.
+    In memory a layer and the second moments of one expert at a time; the fitted columns lie in a mapped file until the layer
+    is saved. `how` takes the place of `dtype`.
 
     Raises:
         GgufToolError: the plan is for another checkpoint, drops experts from the router, or there is nothing to refit.
@@ -73,7 +77,11 @@ def refit_sequentially(
         )
     if not can_refit(checkpoint, plan):
         raise GgufToolError("the plan narrows no expert: there is nothing to refit")
-    run = _Streams(checkpoint, plan, domains, work_dir, device, dtype, progress)
+    usable_device(device, solves=True)
+    batch = DEFAULT_BATCH
+    if how is not None:
+        dtype, batch = how.dtype, how.batch
+    run = _Streams(checkpoint, plan, domains, work_dir, device, dtype, progress, batch)
     run.run()
     places: dict[Key, tuple[Path, str]] = {
         (layer.index, int(name.partition(".")[0]), "down"): (run.pruned.sums_path(layer.index), name)
@@ -89,13 +97,13 @@ class _Streams:
 
     def __init__(
         self, checkpoint: Checkpoint, plan: PrunePlan, domains: Sequence[tuple[Domain, Windows]], work_dir: Path,
-        device: str, dtype: torch.dtype, progress: Progress | None,
+        device: str, dtype: torch.dtype, progress: Progress | None, batch: int = DEFAULT_BATCH,
     ) -> None:  # fmt: skip
         self.checkpoint, self.dtype, self.work_dir = checkpoint, dtype, work_dir
         self.layers = {layer.index: layer for layer in plan.layers}
         self.tell = progress or (lambda done, total, text: None)
         self.stream = LayerStream(checkpoint, device, dtype)
-        self.passing = LayeredPass(self.stream, domains, lambda module, _: _Inputs(module, None))
+        self.passing = LayeredPass(self.stream, domains, lambda module, _: _Inputs(module, None), batch=batch)
         key = identity(checkpoint, domains, dtype, dtype)
         key |= {"refit": plan.kept_hash, "ridge": RIDGE, "joint ridge": JOINT_RIDGE}
         self.original, self.pruned = self._open(key)
@@ -151,7 +159,9 @@ class _Streams:
                         raise GgufToolError(f"layer {index}: its output is not finite on the pruned stream")
                     span = slice(part.start * hidden.shape[1], part.stop * hidden.shape[1])
                     rest[span] = (goal[part].float() - out.float().cpu()).reshape(-1, width)
-            fit = LayerFit(experts, given.routes(), rest, _token_weights(goal))
+            size = max(1, sum(map(len, self.layers[index].retained)) * width)
+            room = stack.enter_context(mapped(self.pruned.path / "fitted.partial", (size,), torch.float32))
+            fit = LayerFit(experts, given.routes(), rest, _token_weights(goal), room)
             fitted = fit.solve(self.layers[index])
             with self.pruned.next_hidden() as append:
                 for _, part in self.passing.batches:
@@ -192,9 +202,13 @@ class LayerFit:
             stream; after `solve` minus that of the fitted layer. Changed in place.
     """
 
-    def __init__(self, experts: nn.Module, routes: Routes, rest: Tensor, weights: Tensor) -> None:
-        """`weights`: what each token counts in the joint step, [T]."""
+    def __init__(
+        self, experts: nn.Module, routes: Routes, rest: Tensor, weights: Tensor, room: Tensor | None = None
+    ) -> None:
+        """`weights`: what each token counts in the joint step, [T]. `room`: float32, where to keep the fitted columns of all
+        experts, d for each kept neuron, instead of in memory."""
         self.experts, self.routes, self.rest, self.weights = experts, routes, rest, weights
+        self.room = room
         self.down = experts.get_parameter("down_proj")
 
     @torch.no_grad()
@@ -206,11 +220,18 @@ class LayerFit:
             rows, weights = self.routes.of(expert)
             if len(rows):
                 tokens[expert] = (rows, weights)
-                fitted[expert] = self._alone(expert, neurons, *tokens[expert])
+                fitted[expert] = self._keep(self._alone(expert, neurons, *tokens[expert]))
         for expert, neurons in zip(plan.router, plan.retained, strict=True):
             if expert in fitted and len(neurons):
-                self._together(expert, neurons, fitted, *tokens[expert])
+                self._together(expert, neurons, fitted[expert], *tokens[expert])
         return {e: columns.float().cpu().numpy() for e, columns in fitted.items() if columns.shape[1]}
+
+    def _keep(self, columns: Tensor) -> Tensor:
+        """The columns where they stay until the layer is saved."""
+        if self.room is None:
+            return columns
+        place, self.room = self.room[: columns.numel()], self.room[columns.numel() :]
+        return place.view(columns.shape).copy_(columns)
 
     def _alone(self, expert: int, neurons: Neurons, rows: Tensor, weights: Tensor) -> Tensor:
         """The plain refit of an expert; R takes up what it changes."""
@@ -223,10 +244,8 @@ class LayerFit:
                 self._add(chunk, h @ down.T - h[:, torch.from_numpy(neurons).to(h.device)] @ columns.T)
         return columns
 
-    def _together(
-        self, expert: int, neurons: Neurons, fitted: dict[int, Tensor], rows: Tensor, weights: Tensor
-    ) -> None:
-        """One step of the joint fit: what of R this expert's kept neurons can explain."""
+    def _together(self, expert: int, neurons: Neurons, fitted: Tensor, rows: Tensor, weights: Tensor) -> None:
+        """One step of the joint fit: what of R this expert's kept neurons can explain goes into `fitted`."""
         kept = torch.from_numpy(neurons).to(self.down.device)
         gram = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=self.down.device)
         cross = torch.zeros(self.down.shape[1], len(kept), dtype=torch.float64, device=self.down.device)
@@ -243,7 +262,7 @@ class LayerFit:
             return
         gram.diagonal().add_(ridge)
         step = torch.linalg.solve(gram, cross.T).T * min(1.0, len(rows) / (2 * width))
-        fitted[expert] = fitted[expert] + step.float()
+        fitted += step.float().to(fitted.device)
         for chunk, h in self._neurons(expert, rows, weights):
             self._add(chunk, -(h[:, kept] @ step.float().T))
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from .durable import SAVED, is_saved, settle
@@ -28,6 +28,7 @@ from .errors import GgufToolError
 # Rises where what a layer leaves behind changes.
 VERSION = 2
 PATTERNS = ("state.json", "hidden-*.bin", "layer-*.safetensors", "*.partial")
+KINDS = {"<f8": "F64", "<f4": "F32"}
 # Work directories that may lie inside of one: the two streams of a sequential refit, and those of ranks.
 INSIDE = ("original", "pruned", "rank-*-of-*")
 
@@ -40,13 +41,21 @@ class WorkDir:
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], shape: tuple[int, int, int], dtype: torch.dtype
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        resident: bool = False,
     ) -> None:
         """Takes up the state in `path` where it has the same `identity`, else clears it.
 
-        `shape` is that of the hidden states, [windows, n_ctx, d].
+        `shape` is that of the hidden states, [windows, n_ctx, d]. They are always written to disk, to go on from; `resident`
+        keeps them in memory too, where the output of a layer takes the place of its input.
         """
-        self.path, self.shape, self.dtype = path, shape, dtype
+        self.path, self.shape, self.dtype, self.resident = path, shape, dtype, resident
+        self._held: Tensor | None = None
         self.identity = json.loads(json.dumps({"version": VERSION, **identity}))
         with _stated(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -62,7 +71,12 @@ class WorkDir:
                 )
 
     def hidden(self) -> Tensor:
-        """The input of layer `position`, [windows, n_ctx, d], mapped from disk."""
+        """The input of layer `position`, [windows, n_ctx, d], mapped from disk or in memory."""
+        if self.resident:
+            if self._held is None:
+                values = np.fromfile(self._hidden(self._at()), dtype=np.uint8)
+                self._held = torch.from_numpy(values).view(self.dtype).view(self.shape)
+            return self._held
         return torch.from_file(str(self._hidden(self._at())), size=prod(self.shape), dtype=self.dtype).view(self.shape)
 
     @contextmanager
@@ -71,9 +85,18 @@ class WorkDir:
         position = 0 if self.position is None else self.position + 1
         target = self._hidden(position)
         partial = target.with_name(target.name + ".partial")
+        # Until all of it is there, what is in memory is neither the input nor the output.
+        held, self._held = self._held, None
+        if self.resident and held is None:
+            held = torch.empty(self.shape, dtype=self.dtype)
+        done = 0
         with _stated(self.path), partial.open("wb") as stream:
 
             def append(windows: Tensor) -> None:
+                nonlocal done
+                if held is not None:
+                    held[done : done + len(windows)] = windows.to(self.dtype)
+                    done += len(windows)
                 stream.write(windows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().data)
 
             yield append
@@ -81,6 +104,7 @@ class WorkDir:
                 raise GgufToolError(f"{partial}: {stream.tell()} bytes were written, not {self._bytes()}")
         with _stated(self.path):
             settle(partial, target)
+        self._held = held
 
     def advance(self, sums: Mapping[str, NDArray[Any]] | None = None) -> None:
         """Marks layer `position` done with these sums (None: the embedding is done). Its input is there until `free`."""
@@ -89,7 +113,7 @@ class WorkDir:
             if finished is not None:
                 target = self.sums_path(finished)
                 partial = target.with_name(target.name + ".partial")
-                save_file({name: np.ascontiguousarray(value) for name, value in (sums or {}).items()}, partial)
+                _write(partial, sums or {})
                 settle(partial, target)
             self.position = 0 if finished is None else finished + 1
             partial = self.path / "state.json.partial"
@@ -108,11 +132,12 @@ class WorkDir:
         if position < 0 or not hidden.is_file() or hidden.stat().st_size != self._bytes():
             self.restart()
             return
-        self.position = position
+        self.position, self._held = position, None
 
     def restart(self) -> None:
         """Forgets everything."""
         self._clear()
+        self._held = None
         self.position = None
 
     def sums(self, layer: int) -> dict[str, NDArray[np.float64]]:
@@ -195,6 +220,25 @@ def _clear(folder: Path) -> None:
     for pattern in (*PATTERNS, SAVED):
         for file in folder.glob(pattern):
             file.unlink()
+
+
+def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """A safetensors file, one array after the other; safetensors' own writer copies all of them into memory first."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, value in arrays.items():
+        header[name] = {
+            "dtype": KINDS[value.dtype.str],
+            "shape": value.shape,
+            "data_offsets": [end, end + value.nbytes],
+        }
+        end += value.nbytes
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for value in arrays.values():
+            stream.write(np.ascontiguousarray(value).data)
 
 
 @contextmanager
