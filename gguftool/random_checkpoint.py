@@ -24,6 +24,9 @@ N_VOCAB = 2048
 # Not a multiple of any row, so that rows differ when a matrix is longer than the pool.
 POOL = (1 << 23) + 9973
 
+# Decoder layers of the whole models.
+N_LAYERS = {"qwen3-30b-a3b": 48, "mixtral-8x7b": 32}
+
 Bits = NDArray[np.uint16]
 
 # What is not the same for all: model_type, names of experts and router, and whether q and k are normalised.

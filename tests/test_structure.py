@@ -50,6 +50,7 @@ ROWS = [
     ({"sequential"}, {"numpy", "torch"}),
     ({"probe"}, set()),
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
+    ({"bench_calibrate", "bench_calibrate_worker"}, {"numpy", "torch"}),
     ({"crosscheck", "selftest", "selftest_worker"}, {"numpy"}),
     ({"report", "terminal"}, {"rich"}),
     ({"runtime_report", "sweep_report"}, {"rich"}),
