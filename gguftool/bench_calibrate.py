@@ -40,7 +40,7 @@ class Options:
     layers: tuple[int, int] = (4, 12)
     windows: int = 8
     n_ctx: int = 512
-    speed_windows: int = 32
+    speed_windows: int = 48
     observer_windows: int = 4
     rounds: int = 3
     batch: int = 4

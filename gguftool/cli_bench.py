@@ -89,7 +89,7 @@ def bench_runtime(
 @click.option("--layers", default="4,12", show_default=True, help="Two depths whose memory is compared.")
 @click.option("--windows", default=8, show_default=True, help="Windows of the memory runs.")
 @click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
-@click.option("--speed-windows", default=32, show_default=True, help="Windows of the timed runs.")
+@click.option("--speed-windows", default=48, show_default=True, help="Windows of the timed runs.")
 @click.option(
     "--observer-windows", default=4, show_default=True, help="Windows that an observer of all experts sees; 0: none."
 )
