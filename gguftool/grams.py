@@ -81,6 +81,7 @@ class Grams:
         found = torch.zeros(self.n_expert, self.width, dtype=torch.float64)
         try:
             for start in range(0, self.n_expert, size):
+                moments: list[Tensor] = []  # those of the group before go first
                 group = range(start, min(start + size, self.n_expert))
                 with self.ranks.together():
                     moments = self._group(group)
@@ -88,11 +89,14 @@ class Grams:
                     self.ranks.add_to(moment, expert % self.ranks.count)
                 with self.ranks.together():
                     mine = [e for e in group if e % self.ranks.count == self.ranks.rank]
-                    chosen = [e - start for e in mine]
-                    found[mine] = costs(
-                        [moments[i] for i in chosen], [down[e] for e in mine], tokens[mine], threads=self.how.threads,
-                        tell=partial(self._tell, start),
-                    ).cpu()  # fmt: skip
+                    if mine:
+                        found[mine] = costs(
+                            [_solvable(moments[expert - start]) for expert in mine],
+                            [_solvable(down[expert]) for expert in mine],
+                            tokens[mine],
+                            threads=self.how.threads,
+                            tell=partial(self._tell, start),
+                        ).cpu()
         finally:
             self.close()
         return torch.from_numpy(self.ranks.add({"obs": found.numpy()})["obs"])
@@ -107,12 +111,12 @@ class Grams:
         # Of a group this rank solves its share; the others are about as far.
         self.tell(min(before + done * self.ranks.count, self.n_expert), self.n_expert)
 
-    def _group(self, experts: range) -> Tensor:
-        """C of some experts, [n, K, K]."""
+    def _group(self, experts: range) -> list[Tensor]:
+        """C of some experts, each [K, K]."""
         if self._file is None:
             assert self.moments is not None, "the moments were used up"
-            return self.moments
-        return torch.stack([self._file.moments(self.module, expert)[0] for expert in experts])
+            return list(self.moments)
+        return [self._file.moments(self.module, expert)[0] for expert in experts]
 
     def _zeros(self, count: int) -> Tensor:
         return torch.zeros(count, self.width, self.width, dtype=self._kind, device=self._device)
