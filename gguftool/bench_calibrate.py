@@ -155,11 +155,15 @@ def _watched(job: Mapping[str, Any]) -> tuple[dict[str, Any], int, int]:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, text=True)
         peak, mapped = 0, 0
-        while process.poll() is None:
-            anonymous, files = _pages(process.pid)
-            if anonymous > peak:
-                peak, mapped = anonymous, files
-            time.sleep(0.005)
+        try:
+            while process.poll() is None:
+                anonymous, files = _pages(process.pid)
+                if anonymous > peak:
+                    peak, mapped = anonymous, files
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
         out.seek(0)
         err.seek(0)
         if process.returncode:
