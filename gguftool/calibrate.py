@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,15 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
+from .durable import SAVED
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
+from .grams import Grams, ObsPlan
 from .inventory import model_facts
+from .memory import MemoryPlan, plan_memory
+from .ranks import ALONE, Ranks
 from .recorders import ExpertRecorder
 from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS, CalibrationStats, Domain
 from .workdir import WorkDir
-
-# A layer's K x K second moments may take so much memory before OBS costs are left out: 302 MB at Qwen3-30B's sizes.
-OBS_BYTES = 2 << 30
 
 
 def calibrate(
@@ -29,9 +32,11 @@ def calibrate(
     dtype: torch.dtype = torch.float32,
     hidden_dtype: torch.dtype = torch.float32,
     batch: int = 4,
-    obs: bool | None = None,
+    how: MemoryPlan | None = None,
+    obs: bool = True,
     progress: Progress | None = None,
     out: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> CalibrationStats:
     """Runs the checkpoint over the windows of all domains and returns what was measured.
 
@@ -42,25 +47,45 @@ def calibrate(
             model, texts and types; otherwise it starts anew. Removed at the end, behind the saving to `out`.
         dtype: of the computation. hidden_dtype: of the hidden states on disk.
         batch: windows that run through a layer at once.
-        obs: whether to solve OBS costs too; None where a layer's second moments take at most OBS_BYTES.
+        how: takes the place of the three above, and says what lies in memory.
+        obs: whether to solve OBS costs too.
         progress: called with (windows x layers done, all of them, what is being done).
         out: where to save the stats; where that fails, `work_dir` still has everything for another try.
+        ranks: the processes that share the windows, each with a work directory of its own inside `work_dir`. All return
+            the stats of all windows, the first saves them.
 
     Raises GgufToolError for a checkpoint or windows that do not fit, and where a layer's output is not finite.
     """
     facts = model_facts(checkpoint)
     shape = (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
 
-    if obs is None:
-        obs = obs_bytes(checkpoint) <= OBS_BYTES
+    if how is None:
+        total = sum(len(windows) for _, windows in domains)
+        n_ctx = domains[0][1].shape[1] if domains else 1
+        how = plan_memory(checkpoint, total, n_ctx, dtype, None, moments=None if obs else 0)
+        how = replace(how, batch=batch)
+    else:
+        dtype = hidden_dtype = how.dtype
 
     def record(module: nn.Module, layer: int) -> ExpertRecorder:
-        return ExpertRecorder(module, len(domains), shape, layer, obs=obs)
+        def tell(done: int, total: int) -> None:
+            run.note(layer, f"OBS of expert {done} of {total}")
+
+        grams = Grams(module, ObsPlan(how.group, own, run.windows.size, how.threads), ranks, tell) if obs else None
+        return ExpertRecorder(module, len(domains), shape, layer, grams)
 
     run = LayeredPass(
-        LayerStream(checkpoint, device, dtype), domains, record, linears=True, batch=batch, progress=progress
+        LayerStream(checkpoint, device, dtype),
+        domains,
+        record,
+        linears=True,
+        batch=batch,
+        progress=progress,
+        ranks=ranks,
     )
-    work = WorkDir(work_dir, identity(checkpoint, domains, dtype, hidden_dtype) | {"obs": obs}, run.shape, hidden_dtype)
+    key = identity(checkpoint, domains, dtype, hidden_dtype) | {"obs": obs, "ranks": ranks.count}
+    own = work_dir if ranks.count == 1 else work_dir / f"rank-{ranks.rank}-of-{ranks.count}"
+    work = WorkDir(own, key, run.shape, hidden_dtype, resident=how.resident)
     run.run(work)
     linears = run.finish(work)
     saved = [work.sums(layer) for layer in range(checkpoint.n_layers)]
@@ -77,15 +102,17 @@ def calibrate(
         expert_inputs=np.stack([arrays["expert_inputs"] for arrays in moe]),
         residual_inverse=np.concatenate([arrays["residual_inverse"] for arrays in moe]),
         linears=linears,
-        linear_tokens=run.windows.size,
+        linear_tokens=run.tokens,
     )
     stats.check()
-    if out is not None:
-        stats.save(out)
+    with ranks.together():
+        if out is not None and ranks.rank == 0:
+            stats.save(out, work_dir)
     work.remove()
+    with ranks.together():
+        pass  # the last one leaves the folder empty
+    if ranks.count > 1 and ranks.rank == 0:
+        (work_dir / SAVED).unlink(missing_ok=True)
+        with suppress(OSError):
+            work_dir.rmdir()
     return stats
-
-
-def obs_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of one layer's second moments, [E, K, K] in float32."""
-    return 4 * checkpoint.n_expert * checkpoint.n_ff_exp**2

@@ -20,10 +20,12 @@ from . import (
     cli_refit,
     cli_runtime,
     cli_sensitivity,
+    cli_stats,
     cli_sweep,
     cli_validate,
 )
 from .errors import GgufToolError
+from .processes import process_count, process_rank
 
 
 def main() -> None:
@@ -58,22 +60,30 @@ def run() -> int:
 
 
 def _fail(text: str) -> int:
+    if process_rank():
+        return 1  # the first of several processes speaks for all
     click.echo(f"error: {text}", err=True)
     return 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="gguftool")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Makes Mixture-of-Experts models fit: stats -> plan -> gguf, then the report of what it cost.
 
     `gguftool demo` does all of it on the built-in model; `gguftool compress` on yours.
     """
+    if process_count() > 1 and context.invoked_subcommand != "calibrate":
+        raise GgufToolError(
+            f"{context.invoked_subcommand} was started {process_count()} times by torchrun; only calibrate shares its work "
+            "among processes, start everything else once"
+        )
 
 
 for _command in (
     cli_compress.compress, cli_compress.demo,
-    cli_gguf.convert, cli_calibrate.calibrate, cli_plan.methods, cli_plan.plan, cli_refit.refit, cli_refit.dern,
+    cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.methods, cli_plan.plan, cli_refit.refit, cli_refit.dern,
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,
     cli_sensitivity.sensitivity, cli_sweep.sweep,
     cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench,

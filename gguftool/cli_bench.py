@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -81,3 +82,56 @@ def bench_runtime(
     )
     if missed:
         raise GgufToolError("a bar is missed:\n" + "\n".join(f"  {line}" for line in missed))
+
+
+@bench.command("calibrate")
+@click.option("--model", default="qwen3-30b-a3b", show_default=True, help="Layer sizes: qwen3-30b-a3b or mixtral-8x7b.")
+@click.option("--layers", default="4,12", show_default=True, help="Two depths whose memory is compared.")
+@click.option("--windows", default=8, show_default=True, help="Windows of the memory runs.")
+@click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--speed-windows", default=48, show_default=True, help="Windows of the timed runs.")
+@click.option(
+    "--observer-windows", default=4, show_default=True, help="Windows that an observer of all experts sees; 0: none."
+)
+@click.option("--rounds", default=3, show_default=True, help="How often everything is timed, in turns.")
+@click.option("--batch", default=4, show_default=True, help="Windows that run at once.")
+@click.option("--threads", default=2, show_default=True, help="Threads of torch.")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Type of the computation.",
+)
+@click.option("--memory", metavar="SIZE", help="The limit that calibrate is given.")
+@click.option("--obs/--no-obs", default=True, show_default=True, help="Solve OBS costs in the memory runs.")
+@click.option("--tokens", default=131072, show_default=True, help="For how many the figures of the whole model are.")
+@click.option("--quick", is_flag=True, help="Tiny sizes, to see that it runs; nothing is judged.")
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Where the files of some GB go.  [default: temporary]"
+)
+@output_options
+def bench_calibrate(
+    model: str, layers: str, quick: bool, folder: Path | None, tokens: int, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Memory and speed of calibration at the layer sizes of real models, against a plain forward pass.
+
+    Random weights, a small vocabulary. Exits with 1 where a bar is missed. Nothing else should run meanwhile.
+    """
+    from .bench_calibrate import QUICK, Options, measure
+    from .runtime_report import calibrate_bench_tables
+
+    terminal = make_terminal(as_json, quiet)
+    try:
+        depths = tuple(int(depth) for depth in layers.split(","))
+    except ValueError:
+        raise click.UsageError(f"--layers {layers!r} is not two numbers, as 4,12") from None
+    chosen = QUICK if quick else Options(layers=depths, **options)  # type: ignore[arg-type]
+    with terminal.progress() as progress:
+        result = measure(
+            model, chosen, folder or Path(tempfile.gettempdir()), quick=quick, tokens=tokens, progress=progress
+        )
+    facts = result.as_dict()
+    terminal.show({"results": [facts], "missed": facts["missed"]}, *calibrate_bench_tables([facts]))
+    if facts["missed"]:
+        raise GgufToolError("a bar is missed:\n" + "\n".join(f"  {line}" for line in facts["missed"]))

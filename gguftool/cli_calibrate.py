@@ -12,6 +12,7 @@ from .cli_options import (
     device_option,
     force_option,
     make_terminal,
+    memory_options,
     n_ctx_option,
     output_options,
     windows_option,
@@ -24,35 +25,72 @@ from .cli_options import (
 @click.option("-o", "out", type=FILE, required=True, help="Stats to write.")
 @click.option(
     "--obs/--no-obs",
-    default=None,
-    help="Solve OBS costs, for the method auto.  [default: where a layer's take 2 GiB at most]",
+    default=True,
+    show_default=True,
+    help="Solve OBS costs, for the method auto.",
 )
 @n_ctx_option
 @windows_option
+@click.option("--part", metavar="I/N", help="Only part I of N of each text's windows; `stats merge` adds up the parts.")
 @device_option
+@memory_options
 @force_option
 @output_options
 def calibrate(
-    model: Path, data: tuple[Path, ...], out: Path, obs: bool | None, n_ctx: int, windows: int | None, device: str,
-    force: bool, as_json: bool, quiet: bool,
+    model: Path, data: tuple[Path, ...], out: Path, obs: bool, n_ctx: int, windows: int | None, part: str | None,
+    device: str, dtype: str, memory: str | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
 
-    Stopped, it goes on where it was when it is started again with the same arguments.
+    Stopped or killed, it goes on where it was when it is started again with the same arguments. Under torchrun the
+    processes share the windows.
     """
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output
+    from .loader import usable_device
+    from .memory import parse_bytes, parse_dtype, plan_memory
+    from .parts import parse_part, part_of
+    from .processes import own_device, process_rank
+    from .ranks import joined
+    from .workdir import clear_leftovers
 
-    check_output(out, force, *data)
-    terminal = make_terminal(as_json, quiet)
-    checkpoint = open_checkpoint(model)
-    tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
-    with terminal.progress() as progress:
-        scratch = out.with_name(out.name + ".work")
-        stats = run(checkpoint, domains, scratch, device=device, obs=obs, progress=progress, out=out)
+    silent = process_rank() > 0
+    terminal = make_terminal(as_json, quiet or silent)
+    scratch = out.with_name(out.name + ".work")
+    with joined(device) as ranks:
+        with ranks.together():
+            if not silent:
+                clear_leftovers(scratch, out)
+            check_output(out, force, *data)
+            chosen = parse_part(part) if part is not None else None
+            limit, kind = parse_bytes(memory) if memory is not None else None, parse_dtype(dtype)
+            usable_device(own_device(device))
+            checkpoint = open_checkpoint(model)
+            tokenizer = checkpoint.tokenizer()
+            domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+            if chosen is not None:
+                domains = part_of(domains, *chosen)
+            count = sum(-(-len(tokens) // ranks.count) for _, tokens in domains)
+            how = plan_memory(
+                checkpoint, count, n_ctx, kind, limit, device=device, moments=None if obs else 0, n_domains=len(domains)
+            )
+        if memory is not None and not silent:
+            terminal.say(str(how))
+        with terminal.progress() as progress:
+            stats = run(
+                checkpoint,
+                domains,
+                scratch,
+                device=own_device(device),
+                obs=obs,
+                progress=progress,
+                out=out,
+                ranks=ranks,
+            )
+    if silent:
+        return
     facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
     unrouted = int((stats.expert("count") == 0).sum())
     terminal.show(

@@ -15,6 +15,7 @@ from .cli_options import (
     load_runtime,
     make_recipe,
     make_terminal,
+    memory_options,
     n_ctx_option,
     output_options,
     pre_tokenizer_option,
@@ -43,12 +44,13 @@ from .cli_options import (
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
 @pre_tokenizer_option
 @device_option
+@memory_options
 @backend_option
 @output_options
 def compress(
     model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
-    n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
-    as_json: bool, quiet: bool, **options: Any,
+    n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, dtype: str,
+    memory: str | None, backend: str, as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end."""
     from .pipeline import Job
@@ -61,6 +63,7 @@ def compress(
         job = Job(
             model=model, calibration=data, evaluation=evaluation, runtime=found, llama=llama, progress=progress,
             n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
+            dtype=dtype, memory=memory,
         )  # fmt: skip
         report = run(job, out, recipe, terminal.say, refit=refit or "")
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))

@@ -48,7 +48,19 @@ pre_tokenizer_option = click.option(
     help="llama.cpp's name of the pre-tokenizer, for a vocabulary that it does not know.",
 )
 n_ctx_option = click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
-device_option = click.option("--device", default="cpu", show_default=True, help="Torch device for calibration.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, cuda:1 or mps."
+)
+memory_options = combined(
+    click.option(
+        "--dtype", default="auto", show_default=True, type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="Type of the computation; auto: float32 on the CPU, or bfloat16 where --memory allows no more.",
+    ),
+    click.option(
+        "--memory", metavar="SIZE",
+        help="Stay below so much memory, as 12GiB or 800MiB; picks how many windows run at once and what lies on disk.",
+    ),
+)  # fmt: skip
 windows_option = click.option("--windows", type=int, help="Use at most so many windows of each calibration text.")
 data_option = click.option(
     "--data", "data", type=FILE, multiple=True, required=True,

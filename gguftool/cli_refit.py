@@ -12,6 +12,7 @@ from .cli_options import (
     device_option,
     force_option,
     make_terminal,
+    memory_options,
     n_ctx_option,
     output_options,
     windows_option,
@@ -32,11 +33,12 @@ from .cli_options import (
 @n_ctx_option
 @windows_option
 @device_option
+@memory_options
 @force_option
 @output_options
 def refit(
     model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
-    device: str, force: bool, as_json: bool, quiet: bool,
+    device: str, dtype: str, memory: str | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
 
@@ -45,21 +47,32 @@ def refit(
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output
+    from .loader import usable_device
+    from .memory import parse_bytes, parse_dtype
     from .methods import method
     from .plan import PrunePlan
     from .refit import refit as plainly
+    from .refit import refit_memory
     from .sequential import refit_sequentially
+    from .workdir import clear_leftovers
 
+    scratch = out.with_name(out.name + ".work")
+    clear_leftovers(scratch, out)
     check_output(out, force, plan_path, *data)
     terminal = make_terminal(as_json, quiet)
+    limit, kind = parse_bytes(memory) if memory is not None else None, parse_dtype(dtype)
+    usable_device(device, solves=True)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
     routed = all(len(layer.router) == plan.n_expert for layer in plan.layers)
-    how = how or (method(plan.recipe.method).refitted if routed else "plain")
-    run = refit_sequentially if how == "sequential" else plainly
+    kind_of_refit = how or (method(plan.recipe.method).refitted if routed else "plain")
+    run = refit_sequentially if kind_of_refit == "sequential" else plainly
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    needs = refit_memory(checkpoint, plan, domains, kind, limit, device=device, sequential=run is refit_sequentially)
+    if memory is not None:
+        terminal.say(str(needs))
     with terminal.progress() as progress:
-        made = run(checkpoint, plan, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
+        made = run(checkpoint, plan, domains, scratch, device=device, how=needs, progress=progress)
     count = len(made)
     made.save(out)
     terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")

@@ -21,13 +21,17 @@ from .checkpoint import Checkpoint
 from .errors import GgufToolError
 from .inventory import gguf_name
 from .loader import LayerLoader
+from .ranks import ALONE, Ranks
 from .recorders import LinearRecorder, Recorder, recording
-from .stats import Domain
+from .stats import SOLVED, WEIGHT_NORMS, Domain
 from .workdir import WorkDir
 
 Progress = Callable[[int, int, str], None]
 Windows = NDArray[np.int64]
 Arrays = dict[str, NDArray[Any]]
+# What of a layer is no sum, by the names that a recorder gives: maxima, and what every rank has alike.
+LARGEST = ("expert.max_out",)
+SAME = tuple(f"neuron.{name}" for name in (*WEIGHT_NORMS, *SOLVED))
 
 
 @dataclass(frozen=True)
@@ -125,16 +129,25 @@ class LayeredPass:
         linears: bool = False,
         batch: int = 4,
         progress: Progress | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`record(experts module, decoder index)` makes what stands in for a layer's experts; `linears` adds up the
-        inputs of all other matrices too. Raises GgufToolError for windows that the model cannot be run on."""
+        inputs of all other matrices too. Of several `ranks` each runs its share of every domain's windows, and all of
+        them save the sums of all. Raises GgufToolError for windows that the model cannot be run on."""
         if batch < 1:
             raise GgufToolError(f"a batch of {batch} windows makes no progress; it takes at least 1")
         self.stream, self.checkpoint = stream, stream.checkpoint
         self.n_ctx = _check_domains(stream.checkpoint, domains)
         self.record, self.linears = record, linears
-        self.windows = np.concatenate([windows for _, windows in domains])
-        self.batches = list(_batches([len(windows) for _, windows in domains], batch))
+        self.ranks, self.tokens = ranks, sum(windows.size for _, windows in domains)
+        parts = [windows[ranks.share(len(windows))] for _, windows in domains]
+        self.windows = np.concatenate(parts)
+        if not len(self.windows):
+            raise GgufToolError(
+                f"{ranks.count} processes, and {self.tokens // self.n_ctx} windows of text: one has nothing to do; "
+                "start fewer, or give more text"
+            )
+        self.batches = list(_batches([len(windows) for windows in parts], batch))
         self.shape = (*self.windows.shape, self.checkpoint.n_embd)
         self.progress = progress or (lambda done, total, text: None)
 
@@ -146,6 +159,7 @@ class LayeredPass:
 
     def start(self, work: WorkDir) -> None:
         """Embeds all windows where the work directory is new; else only learns how the layers are called."""
+        self._line_up(work)
         model, loader = self.stream.loader.model, self.stream.loader
         for path in self.stream.outer_modules():
             loader.materialise(path)
@@ -155,13 +169,41 @@ class LayeredPass:
                     append(self.stream.embed(self.windows[part]))
             work.advance()
         else:
-            for size in {part.stop - part.start for _, part in self.batches}:
+            work.free()
+            for size in sorted({part.stop - part.start for _, part in self.batches}):
                 self.stream.embed(self.windows[:size])
         embedding = model.get_input_embeddings()
         loader.release(next(path for path, module in model.named_modules() if module is embedding))
 
+    def _line_up(self, work: WorkDir) -> None:
+        """Ranks that were stopped may be a layer apart: all go on behind the last one that all have finished."""
+        with self.ranks.together():
+            pass  # nobody failed on the way here
+        positions = self.ranks.all_of(work.position)
+        if None in positions:
+            work.restart()
+        elif work.position is not None and work.position > min(positions):
+            work.go_back()
+        if None not in positions and len(set(self.ranks.all_of(work.position))) > 1:
+            work.restart()
+
     def layer(self, work: WorkDir, index: int) -> None:
         """Runs all windows through decoder layer `index` and saves its sums."""
+        with self.ranks.together():
+            experts, arrays = self._run_layer(work, index)
+        arrays = self.ranks.add(arrays)
+        if experts is not None:
+            arrays |= self.ranks.add(experts.arrays(), LARGEST, SAME)
+        odd = [name for name, value in arrays.items() if not np.isfinite(value).all()]
+        if odd:
+            raise GgufToolError(f"layer {index}: the sum {odd[0]} is not finite; the weights are damaged")
+        with self.ranks.together():
+            self.stream.loader.release_layer(index)
+            work.advance(arrays)
+        work.free()
+
+    def _run_layer(self, work: WorkDir, index: int) -> tuple[Recorder | None, Arrays]:
+        """Runs this rank's windows through decoder layer `index`: what recorded its experts, and the other sums."""
         row, checkpoint = self.checkpoint.architecture, self.checkpoint
         module = self.stream.loader.materialise_layer(index)
         linears = LinearRecorder()
@@ -190,23 +232,24 @@ class LayeredPass:
                 self._report(index, part.stop)
         del hidden
         arrays = {f"linear.{name}": value.cpu().numpy() for name, value in linears.sums.items()}
-        arrays |= experts.arrays() if experts is not None else {}
         if self.linears:
             arrays["residual_inverse"] = residual.reshape(1).numpy()
-        odd = [name for name, value in arrays.items() if not np.isfinite(value).all()]
-        if odd:
-            raise GgufToolError(f"layer {index}: the sum {odd[0]} is not finite; the weights are damaged")
-        self.stream.loader.release_layer(index)
-        work.advance(arrays)
+        return experts, arrays
 
     def finish(self, work: WorkDir) -> Arrays:
         """The sums at the output matrix, under the name of the tensor that is multiplied there."""
         tied = bool(getattr(self.checkpoint.config, "tie_word_embeddings", False))
         name = "token_embd.weight" if tied else "output.weight"
-        linears, hidden = LinearRecorder(), work.hidden()
-        for _, part in self.batches:
-            linears.add(name, self.stream.finish(_to(hidden[part], self.stream.loader)))
-        return {name: value.cpu().numpy() for name, value in linears.sums.items()}
+        with self.ranks.together():
+            linears, hidden = LinearRecorder(), work.hidden()
+            for _, part in self.batches:
+                linears.add(name, self.stream.finish(_to(hidden[part], self.stream.loader)))
+        return self.ranks.add({name: value.cpu().numpy() for name, value in linears.sums.items()})
+
+    def note(self, layer: int, text: str) -> None:
+        """Says what is being done behind the windows of a layer."""
+        total, count = self.checkpoint.n_layers, len(self.windows)
+        self.progress((layer + 1) * count, total * count, f"layer {layer + 1} of {total}, {text}")
 
     def _report(self, layer: int, windows: int) -> None:
         total, count = self.checkpoint.n_layers, len(self.windows)

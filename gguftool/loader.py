@@ -28,7 +28,7 @@ class LayerLoader:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Raises GgufToolError where the checkpoint's names and shapes do not fill the model exactly."""
         self.checkpoint = checkpoint
-        self.device = _usable(device)
+        self.device = usable_device(device)
         self.model = empty_model(checkpoint, self.device, dtype)
         self.sources = parameter_sources(checkpoint, self.model)
 
@@ -66,10 +66,24 @@ class LayerLoader:
         setattr(self.model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
 
 
-def _usable(device: str) -> torch.device:
-    """The device. Raises GgufToolError for one that is not there or cannot add in float64."""
+def usable_device(device: str, *, solves: bool = False) -> torch.device:
+    """The device. Raises GgufToolError for one that is not there.
+
+    `solves`: whether equations in float64 have to be solved on it, which Metal cannot.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = device.partition(":")[0]
+    if not here.get(kind, True):
+        name = {"cuda": "NVIDIA GPU", "mps": "Apple GPU"}[kind]
+        raise GgufToolError(
+            f"device {device!r} cannot be used: torch {torch.__version__} sees no {name} here; use --device cpu"
+        )
+    if kind == "mps" and solves:
+        raise GgufToolError(
+            "device 'mps' cannot be used for this: it solves in float64, which Metal lacks; use --device cpu"
+        )
     try:
-        return torch.zeros(1, dtype=torch.float64, device=device).device
+        return torch.zeros(1, dtype=torch.float32 if kind == "mps" else torch.float64, device=device).device
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise GgufToolError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from error
 

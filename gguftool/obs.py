@@ -11,7 +11,8 @@ they are no sums: two halves of a calibration do not add up to the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -21,10 +22,15 @@ from torch import Tensor
 RIDGE = 1e-2
 # Steps that an elimination takes at least: wide experts lose several neurons in a step.
 MIN_STEPS = 128
+# The matrices of an elimination are cut down when this share of their rows is left.
+SHRINK = 0.8
 
 
 @torch.no_grad()
-def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
+def costs(
+    grams: Sequence[Tensor] | Tensor, downs: Sequence[Tensor] | Tensor, tokens: Tensor, *, threads: int = 0,
+    tell: Callable[[int], None] | None = None,
+) -> Tensor:  # fmt: skip
     """What every neuron costs at the moment when it goes, float64 [E, K].
 
     Sorting an expert's neurons by it gives the order in which they go, where it saw 2K tokens or more. Costs rise along the
@@ -33,34 +39,58 @@ def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
     that proportion with that of removing a neuron and leaving the others alone, C_kk ||W_:k||^2.
 
     Args:
-        grams: C, [E, K, K]. downs: W, [E, d, K]. tokens: N, how many tokens each C runs over, [E].
+        grams: C, E of [K, K]. downs: W, E of [d, K]. tokens: N, how many tokens each C runs over, [E].
+        threads: experts that are worked on at the same time, each by one thread; 0 for as many as torch uses.
+        tell: called with the number of experts that are done.
     """
-    # One expert at a time stays in the caches, and matrices as small as these lose by being shared among threads.
-    with _one_thread():
-        return torch.stack([_costs(*one) for one in zip(grams, downs, tokens.tolist(), strict=True)])
+    if not len(grams):
+        return torch.zeros(0, 0, dtype=torch.float64)
+    jobs = list(zip(grams, downs, tokens.tolist(), strict=True))
+    found, done = [], 0
+    # An expert that one thread works on stays in its caches, and matrices as small as these lose by being shared.
+    with (
+        _one_thread() as most,
+        ThreadPoolExecutor(threads or most, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        # The GPU works on one expert after the other by itself.
+        run = pool.map if jobs[0][0].device.type == "cpu" and len(jobs) > 1 else map
+        for cost in run(_quietly, *zip(*jobs, strict=True)):
+            found.append(cost)
+            done += 1
+            if tell is not None:
+                tell(done)
+    return torch.stack(found)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[int]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 
 
+@torch.no_grad()
+def _quietly(gram: Tensor, down: Tensor, tokens: float) -> Tensor:
+    """`_costs` in a thread, which has a gradient mode of its own."""
+    return _costs(gram, down, tokens)
+
+
 def _costs(gram: Tensor, down: Tensor, tokens: float) -> Tensor:
-    gram, down = gram.double(), down.double()
+    # Matrices of K x K are what a solve takes in memory: no more of them than needed (`memory.SOLVE`).
+    gram, down = gram.to(torch.float64, copy=True), down.double()
     width = gram.shape[0]
     alone = gram.diagonal() * down.square().sum(dim=0)
     ridge = RIDGE * gram.diagonal().mean()
     if not tokens or ridge <= 0:
         return alone
-    damped = gram.clone()
-    damped.diagonal().add_(ridge)
+    gram.diagonal().add_(ridge)
+    inverse = torch.linalg.inv(gram)
+    del gram
     # W enters only by its products: K x K instead of d x K.
-    cost = _eliminate(torch.linalg.inv(damped), down.T @ down)
+    cost = _eliminate(inverse, down.T @ down)
     sure = min(1.0, tokens / (2 * width))
     return sure * cost + (1 - sure) * alone
 
@@ -69,10 +99,16 @@ def _eliminate(inverse: Tensor, product: Tensor) -> Tensor:
     """The costs from [C + ridge]^-1 and W^T W, both [K, K]; they are used up."""
     width = inverse.shape[0]
     cost = torch.zeros(width, dtype=torch.float64, device=inverse.device)
+    names = torch.arange(width, device=inverse.device)
     stays = torch.ones(width, dtype=torch.bool, device=inverse.device)
     step = max(1, width // MIN_STEPS)
     floor = 0.0
     for left in range(width, 0, -step):
+        if left <= SHRINK * len(names):
+            # Rows and columns of what is gone are moved out of the way, now and then: a move costs as much as a step.
+            kept = torch.nonzero(stays).flatten()
+            inverse, product, names = inverse[kept][:, kept], product[kept][:, kept], names[kept]
+            stays = torch.ones_like(kept, dtype=torch.bool)
         single = torch.where(stays, (product.diagonal() / inverse.diagonal()).clamp(min=0), torch.inf)
         cheapest = torch.topk(single, min(step, left), largest=False, sorted=True)
         gone = cheapest.indices
@@ -81,14 +117,15 @@ def _eliminate(inverse: Tensor, product: Tensor) -> Tensor:
         # What the step costs is shared out by what each of its neurons would cost alone.
         together = (inner * block).sum().clamp(min=0)
         share = cheapest.values / cheapest.values.sum().clamp(min=1e-300)
-        for index, value in zip(gone.tolist(), (share * together).tolist(), strict=True):
+        for index, value in zip(names[gone].tolist(), (share * together).tolist(), strict=True):
             # A hair above the one before, so that equal costs keep their order.
             floor = max(value, floor * (1 + 1e-9) + 1e-300)
             cost[index] = floor
         move = of_inverse.T @ block
-        change = move @ of_product
-        product += move @ inner @ move.T - change - change.T
-        inverse -= move @ of_inverse
+        # product += move inner move^T - move of_product - its transpose, as one product of two thin matrices.
+        half = 0.5 * (move @ inner) - of_product.T
+        product.addmm_(torch.cat([move, half], dim=1), torch.cat([half, move], dim=1).T)
+        inverse.addmm_(move, of_inverse, alpha=-1)
         stays[gone] = False
         # What is gone takes no part: a unit diagonal keeps the quotient finite.
         for matrix, diagonal in ((inverse, 1.0), (product, 0.0)):

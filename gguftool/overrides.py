@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import note_saved, settle
 from .errors import GgufToolError
 from .plan import PrunePlan
 
@@ -60,11 +61,13 @@ class Overrides:
         origin: what made them, and for which plan.
         places: the safetensors file that holds each matrix, and its name there.
         saved: called when `save` has written everything; may remove the files in `places`.
+        work_dir: where these files are, which is told what they were saved as (see `durable.note_saved`).
     """
 
     origin: Origin
     places: Mapping[Key, tuple[Path, str]]
     saved: Callable[[], None] | None = None
+    work_dir: Path | None = None
     _opened: tuple[Path, Any] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -101,7 +104,9 @@ class Overrides:
 
     def save(self, path: Path) -> None:
         """Writes all of them to `path`, first to `path`.partial. What they come from is untouched until that is done."""
-        with writing(path, self.origin, ((key, self.shape(key)) for key in self.places)) as writer:
+        with writing(
+            path, self.origin, ((key, self.shape(key)) for key in self.places), work_dir=self.work_dir
+        ) as writer:
             for key in self.places:
                 values = self.get(*key)
                 assert values is not None
@@ -109,7 +114,7 @@ class Overrides:
         self._opened = None
         if self.saved is not None:
             self.saved()
-        self.places, self.saved = {key: (path, _name(key)) for key in self.places}, None
+        self.places, self.saved, self.work_dir = {key: (path, _name(key)) for key in self.places}, None, None
 
     @classmethod
     def load(cls, path: Path) -> Overrides:
@@ -180,7 +185,9 @@ class Writer:
 
 
 @contextmanager
-def writing(path: Path, origin: Origin, room: Iterable[tuple[Key, Shape]], notes: int = 0) -> Iterator[Writer]:
+def writing(
+    path: Path, origin: Origin, room: Iterable[tuple[Key, Shape]], notes: int = 0, work_dir: Path | None = None
+) -> Iterator[Writer]:
     """Gives a writer of a weights file, which takes its name `path` when the block ends well.
 
     safetensors' own writer wants all arrays in memory. The format is 8 bytes of length, JSON that may end in blanks, the
@@ -189,6 +196,7 @@ def writing(path: Path, origin: Origin, room: Iterable[tuple[Key, Shape]], notes
     Args:
         room: everything that might be added, with its shape.
         notes: bytes to keep free for notes that the writer is given on the way.
+        work_dir: is told what its results were saved as.
 
     Raises:
         GgufToolError: `path` cannot be written.
@@ -210,7 +218,9 @@ def writing(path: Path, origin: Origin, room: Iterable[tuple[Key, Shape]], notes
             stream.seek(0)
             stream.write(size.to_bytes(8, "little") + header.ljust(size))
             stream.truncate(8 + size + writer.end)
-        partial.replace(path)
+        if work_dir is not None:
+            note_saved(work_dir, partial)
+        settle(partial, path)
     except OSError as error:
         raise GgufToolError(f"{path}: cannot be written ({error})") from error
     finally:

@@ -17,23 +17,26 @@ from typing import Any
 import numpy as np
 
 from . import __version__, encoding
-from .calibrate import OBS_BYTES, calibrate, obs_bytes
+from .calibrate import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, read_text
 from .dern import dern, drops_experts
+from .durable import flush, settle
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .forward import Windows
 from .gguf_file import Progress
 from .inventory import model_facts
+from .loader import usable_device
+from .memory import parse_bytes, parse_dtype, plan_memory
 from .methods import method
 from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
-from .refit import can_refit
+from .refit import can_refit, refit_memory
 from .refit import refit as refit_weights
 from .report import Report, Row
 from .runtime import Runtime
@@ -79,6 +82,7 @@ class Workspace:
         self._remember(name, BEING_MADE)
         path.unlink(missing_ok=True)
         make(path)
+        flush(path)
         self._remember(name, key)
         return path
 
@@ -86,7 +90,7 @@ class Workspace:
         self.state[name] = key
         partial = self.folder / "state.json.partial"
         partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "state.json")
+        settle(partial, self.folder / "state.json")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Job:
         windows: at most so many windows of a calibration text; None takes all.
         eval_windows: the same of an evaluation text.
         seed: above 0, draw the windows of a calibration text instead of taking the first ones.
+        dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them.
     """
 
     model: Path
@@ -112,6 +117,13 @@ class Job:
     pre_tokenizer: str | None = None
     device: str = "cpu"
     seed: int = 0
+    dtype: str = "auto"
+    memory: str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that calibration and refit may take."""
+        return None if self.memory is None else parse_bytes(self.memory)
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,14 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     tokenizer = checkpoint.tokenizer()
     domains = [load_domain(path, tokenizer, job.n_ctx, job.windows, job.seed) for path in job.calibration]
     _check_evaluation(job, tokenizer)
-    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains), obs=obs_bytes(checkpoint) <= OBS_BYTES)
+    usable_device(job.device, solves=any(method(recipe.method).refitted for recipe in recipes))
+    count = sum(len(tokens) for _, tokens in domains)
+    how = plan_memory(
+        checkpoint, count, job.n_ctx, parse_dtype(job.dtype), job.limit, n_domains=len(domains), device=job.device
+    )
+    if job.limit is not None:
+        work.say(str(how))
+    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
     for recipe in recipes:
         make_plan(blank, recipe)
     inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
@@ -146,9 +165,9 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
 
     def measure(path: Path) -> None:
         scratch = work.folder / "calibrate.work"
-        calibrate(checkpoint, domains, scratch, device=job.device, progress=job.progress, out=path)
+        calibrate(checkpoint, domains, scratch, device=job.device, how=how, progress=job.progress, out=path)
 
-    key = inputs | {"texts": texts, "windows": windows, "n_ctx": job.n_ctx}
+    key = inputs | {"texts": texts, "windows": windows, "n_ctx": job.n_ctx, "dtype": str(how.dtype)}
     path = work.step(f"stats{f'-seed{job.seed}' if job.seed else ''}.safetensors", key, measure)
     return Prepared(checkpoint, base, CalibrationStats.load(path), domains)
 
@@ -252,7 +271,11 @@ def _check_refit(recipe: Recipe, refit: str) -> None:
 def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, how: str, path: Path) -> None:
     scratch = work.folder / "refit.work"
     fit = refit_sequentially if how == "sequential" else refit_weights
-    fitted = fit(source.checkpoint, plan, source.domains, scratch, device=job.device, progress=job.progress)
+    needs = refit_memory(
+        source.checkpoint, plan, source.domains, parse_dtype(job.dtype), job.limit, device=job.device,
+        sequential=how == "sequential",
+    )  # fmt: skip
+    fitted = fit(source.checkpoint, plan, source.domains, scratch, device=job.device, how=needs, progress=job.progress)
     fitted.save(path)
 
 

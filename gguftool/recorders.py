@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import GgufToolError
-from .obs import costs
 from .router_fix import RouterFix
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
@@ -31,6 +30,16 @@ class Recorder(Protocol):
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What was recorded, to be saved with the layer."""
         ...
+
+
+class Moments(Protocol):
+    """What adds up the second moments of a layer's neurons and solves OBS costs from them; `grams.Grams` is one."""
+
+    def see(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
+
+    def add(self, expert: int, h: Tensor, gate: Tensor) -> None: ...
+
+    def costs(self, counts: Tensor) -> Tensor: ...
 
 
 def run_experts(
@@ -67,13 +76,13 @@ class ExpertRecorder:
         experts: sums over the tokens routed to an expert of one domain, name -> float64 [D, E].
         neurons: sums of all domains and the norms of the down columns, name -> float64 [E, K].
         inputs: sum of x^2 over the tokens routed to an expert, float64 [E, d].
-        grams: C = sum of g^2 h h^T, float32 [E, K, K], from which `arrays` solves the OBS costs; None where not wanted.
+        grams: takes C = sum of g^2 h h^T, from which `arrays` solves the OBS costs; None where not wanted.
         domain: index of the domain that the next call belongs to.
     """
 
     @torch.no_grad()
     def __init__(
-        self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int, *, obs: bool = False
+        self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int, grams: Moments | None = None
     ) -> None:
         """`shape` is (E, K, d). Raises GgufToolError for an experts module that is laid out in another way."""
         n_expert, width, n_embd = shape
@@ -84,16 +93,17 @@ class ExpertRecorder:
         self.experts: Sums = dict(zip(EXPERT_SUMS, self._token_sums, strict=True))
         self.neurons: Sums = {name: _zeros(down, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
         self.inputs = _zeros(down, n_expert, n_embd)
-        self.grams: Tensor | None = None
-        if obs:
-            kind = torch.promote_types(down.dtype, torch.float32)
-            self.grams = torch.zeros(n_expert, width, width, dtype=kind, device=down.device)
+        self.grams = grams
         for expert in range(n_expert):
-            self.neurons["down_norm_sq"][expert] = down[expert].double().square().sum(dim=0)
+            column = down[expert].to(torch.promote_types(down.dtype, torch.float32)).square().sum(dim=0)
+            self.neurons["down_norm_sq"][expert] = column.to(self.inputs.device)
 
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
+        if self.grams is not None:
+            self.grams.see(hidden_states, top_k_index, top_k_weights)
+        self._add_inputs(hidden_states, top_k_index)
         return run_experts(hidden_states, top_k_index, top_k_weights, self.inputs.shape[0], self._run)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -101,8 +111,7 @@ class ExpertRecorder:
         found = {f"expert.{name}": value.cpu().numpy() for name, value in self.experts.items()}
         found |= {f"neuron.{name}": value.cpu().numpy() for name, value in self.neurons.items()}
         if self.grams is not None:
-            down, tokens = self.module.get_parameter("down_proj"), self.experts["count"].sum(dim=0)
-            found["neuron.obs"] = costs(self.grams, down, tokens).cpu().numpy()
+            found["neuron.obs"] = self.grams.costs(self.experts["count"].sum(dim=0)).cpu().numpy()
         return found | {"expert_inputs": self.inputs.cpu().numpy()}
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
@@ -114,14 +123,17 @@ class ExpertRecorder:
         return f * gate[:, None]
 
     def _record(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
-        """Adds n tokens to the sums. Per token in float32 at least, over tokens in float64.
+        """Adds n tokens to the sums. Per token, and over those of one call, in float32 at least; over calls in float64.
 
         Neuron projection p_k = h_k <W_:k, f> / ||f|| in its cheap form h * (f W) / ||f||: arXiv 2606.09885 (ENP).
         """
         work = torch.promote_types(x.dtype, torch.float32)
-        x, h, f, gate, down = (value.to(work) for value in (x, h, f, gate, down))
+        # BF16 rounds f W by as much as it rounded f, and several times as fast; float16 might overflow.
+        wide = f.dtype if f.dtype == torch.bfloat16 else work
+        proj = (f.to(wide) @ down.to(wide)).to(work)
+        x, h, f, gate = (value.to(work) for value in (x, h, f, gate))
         norm = torch.linalg.vector_norm(f, dim=1)
-        cosine = functional.cosine_similarity(x, f, dim=1, eps=torch.finfo(work).tiny)
+        lengths = (torch.linalg.vector_norm(x, dim=1) * norm).clamp(min=torch.finfo(work).tiny)
         per_token = {
             "count": torch.ones_like(gate),
             "gate": gate,
@@ -130,27 +142,36 @@ class ExpertRecorder:
             "norm_sq": norm.square(),
             "gate_norm": gate * norm,
             "gate_sq_norm_sq": (gate * norm).square(),
-            "turn": gate * norm * (1 - cosine),
+            "turn": gate * norm * (1 - (x * f).sum(dim=1) / lengths),
             "max_out": torch.zeros_like(gate),
         }
         rows = torch.stack([per_token[name] for name in EXPERT_SUMS])
-        self._token_sums[:, self.domain, expert] += rows.sum(dim=1, dtype=torch.float64)
+        _add(self._token_sums[:, self.domain, expert], rows.sum(dim=1))
         largest = self.experts["max_out"][self.domain, expert]
-        torch.maximum(largest, f.abs().max().double(), out=largest)
-        h_sq = h.square()
-        proj = h * (f @ down) * torch.where(norm > 0, 1 / norm, 0)[:, None]
-        per_neuron = {
-            "h_sq": h_sq,
-            "gate_sq_h_sq": gate.square()[:, None] * h_sq,
-            "proj": proj,
-            "proj_abs": proj.abs(),
-        }
+        torch.maximum(largest, f.abs().max().to(largest.device).double(), out=largest)
         if self.grams is not None:
-            weighted = (h * gate[:, None]).to(self.grams.dtype)
-            self.grams[expert].addmm_(weighted.T, weighted)
-        for name, values in per_neuron.items():
-            self.neurons[name][expert] += values.sum(dim=0, dtype=torch.float64)
-        self.inputs[expert] += x.square().sum(dim=0, dtype=torch.float64)
+            self.grams.add(expert, h, gate)
+        proj.mul_(h).mul_(torch.where(norm > 0, 1 / norm, 0)[:, None])
+        plain, gated = torch.stack([per_token["count"], per_token["gate_sq"]]) @ h.square()
+        sums = {"h_sq": plain, "gate_sq_h_sq": gated, "proj": proj.sum(dim=0), "proj_abs": proj.abs_().sum(dim=0)}
+        for name, value in sums.items():
+            _add(self.neurons[name][expert], value)
+
+    def _add_inputs(self, x: Tensor, chosen: Tensor) -> None:
+        """Adds x^2 to the inputs of the experts that were chosen: one product with zeros and ones for all of them."""
+        work = torch.promote_types(x.dtype, torch.float32)
+        routed = torch.zeros(self.inputs.shape[0], len(x), dtype=work, device=x.device).scatter_(0, chosen.T, 1.0)
+        _add(self.inputs, routed @ x.to(work).square())
+
+
+class KeptInputs(Protocol):
+    """Keeps what experts are given, to compute their neurons a second time; `routes.RoutesFile` is one."""
+
+    def append(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
+
+    def moments(self, module: nn.Module, expert: int) -> tuple[Tensor, int]: ...
+
+    def close(self) -> None: ...
 
 
 class GramRecorder:
@@ -167,15 +188,18 @@ class GramRecorder:
         solve: Callable[[Tensor, Tensor, Neurons, int], Tensor],
         fix: RouterFix | None = None,
         whole: Collection[int] = (),
+        kept: KeptInputs | None = None,
     ) -> None:
         """`retained`: neurons that stay, by expert that is narrowed; `whole`: experts that keep all of theirs;
-        `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`."""
+        `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`; `kept`: where C is not added up on the way but computed
+        at the end, an expert at a time."""
         self.module, self.retained, self.solve, self.domain = module, retained, solve, 0
-        self.fix, self.whole = fix, whole
+        self.fix, self.whole, self.kept = fix, whole, kept
         down = module.get_parameter("down_proj")
         width = down.shape[2]
         work = torch.promote_types(down.dtype, torch.float32)
-        self.grams = {expert: torch.zeros(width, width, dtype=work, device=down.device) for expert in retained}
+        on_the_way = () if kept is not None else retained
+        self.grams = {expert: torch.zeros(width, width, dtype=work, device=down.device) for expert in on_the_way}
         self.counts = dict.fromkeys(retained, 0)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -183,6 +207,8 @@ class GramRecorder:
         n_expert = self.module.get_parameter("down_proj").shape[0]
         if self.fix is not None:
             self.fix.add(hidden_states, top_k_index, top_k_weights)
+        if self.kept is not None:
+            self.kept.append(hidden_states, top_k_index, top_k_weights)
         return run_experts(hidden_states, top_k_index, top_k_weights, n_expert, self._run)
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
@@ -197,14 +223,21 @@ class GramRecorder:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """`<expert>.down` -> the new down columns, float32 [d, w]."""
         down = self.module.get_parameter("down_proj")
-        found = {
-            expert: self.solve(down[expert], self.grams[expert], neurons, self.counts[expert]).float()
-            for expert, neurons in self.retained.items()
-        }
+        found = {}
+        for expert, neurons in self.retained.items():
+            gram, count = self._moments(expert)
+            found[expert] = self.solve(down[expert], gram, neurons, count).float()
+        if self.kept is not None:
+            self.kept.close()
         for expert, scale in self.fix.scales().items() if self.fix is not None else ():
             if expert in found or expert in self.whole:
                 found[expert] = scale * found.get(expert, down[expert].float())
         return {f"{expert}.down": columns.cpu().numpy() for expert, columns in found.items()}
+
+    def _moments(self, expert: int) -> tuple[Tensor, int]:
+        if self.kept is not None:
+            return self.kept.moments(self.module, expert)
+        return self.grams[expert], self.counts[expert]
 
 
 class LinearRecorder:
@@ -233,8 +266,9 @@ class LinearRecorder:
         """Adds x [..., columns]."""
         x = x.reshape(-1, x.shape[-1])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        total = x.square().sum(dim=0, dtype=torch.float64)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        if name not in self.sums:
+            self.sums[name] = _zeros(x, x.shape[-1])
+        _add(self.sums[name], x.square().sum(dim=0))
 
 
 @contextmanager
@@ -261,4 +295,10 @@ def check_layout(module: nn.Module, shape: tuple[int, int, int], layer: int) -> 
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+    """Where sums are taken: on the device of `like`, or on the CPU where that cannot count in float64."""
+    device = "cpu" if like.device.type == "mps" else like.device
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def _add(total: Tensor, value: Tensor) -> None:
+    total += value.to(total.device)

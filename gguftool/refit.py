@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import GgufToolError
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
+from .loader import usable_device
+from .memory import MemoryPlan, plan_memory
 from .obs import RIDGE
 from .overrides import Key, Origin, Overrides
 from .plan import LayerPlan, Neurons, PrunePlan
 from .recorders import GramRecorder
 from .router_fix import RouterFix
+from .routes import RoutesFile
 from .stats import Domain
 from .workdir import WorkDir
 
@@ -40,11 +43,12 @@ def refit(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    how: MemoryPlan | None = None,
     progress: Progress | None = None,
 ) -> Overrides:
     """The refitted down columns of every expert that `plan` narrows, or whose weights it lets grow.
 
-    Resumable, as `calibrate` is.
+    Resumable, as `calibrate` is. `how` takes the place of `dtype`, and says what lies in memory.
 
     They lie in `work_dir` until they are saved; `Overrides.save` removes it.
 
@@ -55,25 +59,32 @@ def refit(
         raise GgufToolError(f"the plan was made for {plan.model_name}, not for the checkpoint {checkpoint.name}")
     if not can_refit(checkpoint, plan):
         raise GgufToolError("the plan narrows no expert: there is nothing to refit")
+    usable_device(device, solves=True)
+    if how is None:
+        how = refit_memory(checkpoint, plan, domains, dtype, None)
+    dtype = how.dtype
     narrowed = {layer.index: narrowed_experts(plan, layer.index) for layer in plan.layers}
     grown = {layer.index: layer for layer in grown_layers(checkpoint, plan)}
     row = checkpoint.architecture
 
     def record(module: nn.Module, layer: int) -> GramRecorder:
+        kept = None
+        if how.group and narrowed.get(layer):
+            kept = RoutesFile(work_dir / "inputs.partial", run.windows.size, checkpoint.n_embd, dtype)
         if layer not in grown:
-            return GramRecorder(module, narrowed.get(layer, {}), solve)
+            return GramRecorder(module, narrowed.get(layer, {}), solve, kept=kept)
         router = run.stream.loader.model.get_submodule(f"{row.layers}.{layer}.{row.router}").get_parameter("weight")
         own = grown[layer]
         whole = {e for e, width in zip(own.router, own.widths, strict=True) if width == plan.n_ff_exp}
-        return GramRecorder(module, narrowed[layer], solve, RouterFix(router, own.router, layer), whole)
+        return GramRecorder(module, narrowed[layer], solve, RouterFix(router, own.router, layer), whole, kept)
 
-    run = LayeredPass(LayerStream(checkpoint, device, dtype), domains, record, progress=progress)
+    run = LayeredPass(LayerStream(checkpoint, device, dtype), domains, record, batch=how.batch, progress=progress)
     key = identity(checkpoint, domains, dtype, dtype) | {
         "refit": plan.kept_hash,
         "ridge": RIDGE,
         "grown": sorted(grown),
     }
-    work = WorkDir(work_dir, key, run.shape, dtype)
+    work = WorkDir(work_dir, key, run.shape, dtype, resident=how.resident)
     run.run(work)
     places: dict[Key, tuple[Path, str]] = {
         (layer, int(name.partition(".")[0]), "down"): (work.sums_path(layer), name)
@@ -81,7 +92,22 @@ def refit(
         for name in work.names(layer)
     }
     origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains))
-    return Overrides(origin, places, work.remove)
+    return Overrides(origin, places, work.remove, work_dir)
+
+
+def refit_memory(
+    checkpoint: Checkpoint, plan: PrunePlan, domains: Sequence[tuple[Domain, Windows]], dtype: torch.dtype | None,
+    limit: int | None, *, device: str = "cpu", sequential: bool = False,
+) -> MemoryPlan:  # fmt: skip
+    """How to run a refit below `limit` bytes; raises as `plan_memory` does. The sequential one takes an expert at a time."""
+    moments = 1 if sequential else most_narrowed(plan)
+    count, n_ctx = sum(len(windows) for _, windows in domains), domains[0][1].shape[1]
+    return plan_memory(checkpoint, count, n_ctx, dtype, limit, moments=moments, threads=1, device=device, what="refit")
+
+
+def most_narrowed(plan: PrunePlan) -> int:
+    """How many experts of a layer are narrowed at most."""
+    return max(len(narrowed_experts(plan, layer.index)) for layer in plan.layers)
 
 
 def can_refit(checkpoint: Checkpoint, plan: PrunePlan) -> bool:

@@ -81,3 +81,55 @@ def bench_table(results: Sequence[Mapping[str, Any]]) -> Table:
 def _ratio_cell(ratio: Mapping[str, float], missed: bool) -> str:
     error = f" ± {ratio['error']:.3f}" if ratio["error"] else ""
     return f"{ratio['value']:.3f}{error}{'*' if missed else ''}"
+
+
+def calibrate_bench_tables(results: Sequence[Mapping[str, Any]]) -> list[Table | str]:
+    """Memory and speed of each of `bench_calibrate.Result.as_dict()`, and what follows for the whole model."""
+    found: list[Table | str] = []
+    for result in results:
+        memory = Table(
+            title=f"{result['model']}, {result['options']['dtype']}: memory",
+            title_justify="left",
+            caption="own: anonymous pages, the most that was sampled; mapped: file pages at that time, which the system can "
+            "take back; max RSS: the kernel's peak of both. The last column: own ÷ (2.5 × layer + statistics + hidden "
+            "states, where these lie in memory)",
+            caption_justify="left",
+        )
+        for name in ("layers", "own", "mapped", "max RSS", "one layer", "statistics", "hidden", "÷ bar"):
+            memory.add_column(name, justify="right")
+        for one in result["memory"]:
+            facts = one["facts"]
+            hidden = facts["hidden_bytes"] if facts["resident"] else 0
+            bar = 2.5 * result["layer_bytes"] + facts["statistics_bytes"] + hidden
+            own = one["anonymous"] or one["max_rss"]
+            sizes = (
+                own,
+                one["mapped"],
+                one["max_rss"],
+                result["layer_bytes"],
+                facts["statistics_bytes"],
+                facts["hidden_bytes"],
+            )
+            memory.add_row(str(one["n_layers"]), *(f"{size / 1e9:.3f} GB" for size in sizes), f"{own / bar:.3f}")
+        speed = Table(title="speed", title_justify="left")
+        for name in ("", "tokens/s of one layer"):
+            speed.add_column(name, justify="right" if name else "left")
+        for name, value in result["tokens_per_second"].items():
+            speed.add_row(name, f"{value:.0f}")
+        ratios = Table(title="ratios", title_justify="left")
+        for name in ("", "value", "bar"):
+            ratios.add_column(name, justify="right" if name else "left")
+        for name, ratio in result["ratios"].items():
+            bar = result["bars"].get(name)
+            ratios.add_row(
+                name, f"{ratio['value']:.3f} ± {ratio['value'] * ratio['error']:.3f}", "" if bar is None else f"{bar}"
+            )
+        whole = result["whole"]
+        line = (
+            f"a layer loads in {result['load_seconds']:.2f} s, its OBS costs are solved in {result['solve_seconds']:.1f} s. All "
+            f"{whole['layers']} layers, {whole['tokens']} tokens, derived and not measured: {whole['hours']:.1f} h (of them "
+            f"{whole['solving_hours']:.1f} h solving), {whole['memory_bytes'] / 1e9:.1f} GB of memory, "
+            f"{whole['disk_bytes'] / 1e9:.1f} GB of disk"
+        )
+        found += [memory, speed, ratios, line]
+    return found

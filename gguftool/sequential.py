@@ -19,10 +19,9 @@ fit the calibration text only. Experts with few tokens are corrected less, N / 2
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +31,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoint import Checkpoint
+from .durable import SAVED
 from .errors import GgufToolError
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
+from .loader import usable_device
+from .memory import DEFAULT_BATCH, MemoryPlan
 from .obs import RIDGE
 from .overrides import Key, Origin, Overrides
 from .plan import LayerPlan, Neurons, PrunePlan
 from .recorders import neurons_of, recording, run_experts
 from .refit import can_refit, solve
+from .routes import CHUNK, Routes, RoutesFile, mapped
 from .stats import Domain
 from .workdir import WorkDir
 
 JOINT_RIDGE = 0.5
-# Tokens whose neurons are computed at once.
-CHUNK = 4096
 
 
 def refit_sequentially(
@@ -55,13 +56,15 @@ def refit_sequentially(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    how: MemoryPlan | None = None,
     progress: Progress | None = None,
 ) -> Overrides:
     """The fitted down columns of every expert that keeps a neuron, narrowed or whole. Resumable at every layer.
 
-    On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, five times tokens x d, read
-    in random order, so they should fit into the free memory. In memory a layer, its fitted down columns in float32 and the
-    second moments of one expert at a time.
+    On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, five times tokens x d. An
+    expert reads its tokens there in their order, but not all of them, so it is quickest where they fit into the free memory.
+    In memory a layer and the second moments of one expert at a time; the fitted columns lie in a mapped file until the layer
+    is saved. `how` takes the place of `dtype`.
 
     Raises:
         GgufToolError: the plan is for another checkpoint, drops experts from the router, or there is nothing to refit.
@@ -74,7 +77,11 @@ def refit_sequentially(
         )
     if not can_refit(checkpoint, plan):
         raise GgufToolError("the plan narrows no expert: there is nothing to refit")
-    run = _Streams(checkpoint, plan, domains, work_dir, device, dtype, progress)
+    usable_device(device, solves=True)
+    batch = DEFAULT_BATCH
+    if how is not None:
+        dtype, batch = how.dtype, how.batch
+    run = _Streams(checkpoint, plan, domains, work_dir, device, dtype, progress, batch)
     run.run()
     places: dict[Key, tuple[Path, str]] = {
         (layer.index, int(name.partition(".")[0]), "down"): (run.pruned.sums_path(layer.index), name)
@@ -82,7 +89,7 @@ def refit_sequentially(
         for name in run.pruned.names(layer.index)
     }
     origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains), ("sequential refit",))
-    return Overrides(origin, places, run.remove)
+    return Overrides(origin, places, run.remove, work_dir)
 
 
 class _Streams:
@@ -90,13 +97,13 @@ class _Streams:
 
     def __init__(
         self, checkpoint: Checkpoint, plan: PrunePlan, domains: Sequence[tuple[Domain, Windows]], work_dir: Path,
-        device: str, dtype: torch.dtype, progress: Progress | None,
+        device: str, dtype: torch.dtype, progress: Progress | None, batch: int = DEFAULT_BATCH,
     ) -> None:  # fmt: skip
         self.checkpoint, self.dtype, self.work_dir = checkpoint, dtype, work_dir
         self.layers = {layer.index: layer for layer in plan.layers}
         self.tell = progress or (lambda done, total, text: None)
         self.stream = LayerStream(checkpoint, device, dtype)
-        self.passing = LayeredPass(self.stream, domains, lambda module, _: _Inputs(module, None))
+        self.passing = LayeredPass(self.stream, domains, lambda module, _: _Inputs(module, None), batch=batch)
         key = identity(checkpoint, domains, dtype, dtype)
         key |= {"refit": plan.kept_hash, "ridge": RIDGE, "joint ridge": JOINT_RIDGE}
         self.original, self.pruned = self._open(key)
@@ -130,6 +137,7 @@ class _Streams:
         """Removes the state of both."""
         for work in (self.original, self.pruned):
             work.remove()
+        (self.work_dir / SAVED).unlink(missing_ok=True)
         if self.work_dir.is_dir() and not any(self.work_dir.iterdir()):
             self.work_dir.rmdir()
 
@@ -140,10 +148,10 @@ class _Streams:
         goal, hidden = self.original.hidden(), self.pruned.hidden()
         n_tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
         with ExitStack() as stack:
-            given = stack.enter_context(_mapped(self.pruned.path / "inputs.partial", (n_tokens, width), self.dtype))
-            rest = stack.enter_context(_mapped(self.pruned.path / "rest.partial", (n_tokens, width), torch.float32))
-            inputs = _Inputs(experts, given)
-            with recording(experts, inputs):
+            given = RoutesFile(self.pruned.path / "inputs.partial", n_tokens, width, self.dtype)
+            stack.callback(given.close)
+            rest = stack.enter_context(mapped(self.pruned.path / "rest.partial", (n_tokens, width), torch.float32))
+            with recording(experts, _Inputs(experts, given)):
                 for _, part in self.passing.batches:
                     batch = hidden[part].to(device=self.stream.loader.device, dtype=self.dtype)
                     out = self.stream.layer(module, index, batch)
@@ -151,7 +159,9 @@ class _Streams:
                         raise GgufToolError(f"layer {index}: its output is not finite on the pruned stream")
                     span = slice(part.start * hidden.shape[1], part.stop * hidden.shape[1])
                     rest[span] = (goal[part].float() - out.float().cpu()).reshape(-1, width)
-            fit = LayerFit(experts, inputs.routes(), rest, _token_weights(goal))
+            size = max(1, sum(map(len, self.layers[index].retained)) * width)
+            room = stack.enter_context(mapped(self.pruned.path / "fitted.partial", (size,), torch.float32))
+            fit = LayerFit(experts, given.routes(), rest, _token_weights(goal), room)
             fitted = fit.solve(self.layers[index])
             with self.pruned.next_hidden() as append:
                 for _, part in self.passing.batches:
@@ -159,44 +169,25 @@ class _Streams:
                     append((goal[part].float() - rest[span].view(goal[part].shape)).to(self.dtype))
         self.stream.loader.release_layer(index)
         self.pruned.advance({f"{expert}.down": values for expert, values in fitted.items()})
-
-
-@dataclass(frozen=True)
-class Routes:
-    """What a layer's experts were given: x [T, d], and for each token its chosen experts and their weights, [T, k]."""
-
-    inputs: Tensor
-    chosen: Tensor
-    weights: Tensor
+        self.pruned.free()
 
 
 class _Inputs:
-    """Stands in for an experts module's forward: the same output; what comes in is kept where `inputs` is given."""
+    """Stands in for an experts module's forward: the same output; what comes in is kept where there is a file for it."""
 
-    def __init__(self, module: nn.Module, inputs: Tensor | None) -> None:
-        self.module, self.inputs, self.domain = module, inputs, 0
-        self._chosen: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._seen = 0
+    def __init__(self, module: nn.Module, file: RoutesFile | None) -> None:
+        self.module, self.file, self.domain = module, file, 0
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden states [n, d], chosen experts [n, k] and their weights [n, k] -> [n, d]."""
-        if self.inputs is not None:
-            self.inputs[self._seen : self._seen + len(hidden_states)] = hidden_states.cpu()
-            self._seen += len(hidden_states)
-            self._chosen.append(top_k_index)
-            self._weights.append(top_k_weights)
+        if self.file is not None:
+            self.file.append(hidden_states, top_k_index, top_k_weights)
         down = self.module.get_parameter("down_proj")
 
         def run(expert: int, x: Tensor, gate: Tensor) -> Tensor:
             return functional.linear(neurons_of(self.module, expert, x), down[expert]) * gate[:, None]
 
         return run_experts(hidden_states, top_k_index, top_k_weights, down.shape[0], run)
-
-    def routes(self) -> Routes:
-        """All tokens that came in."""
-        assert self.inputs is not None
-        return Routes(self.inputs, torch.cat(self._chosen), torch.cat(self._weights))
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
         """Nothing is added up."""
@@ -211,9 +202,13 @@ class LayerFit:
             stream; after `solve` minus that of the fitted layer. Changed in place.
     """
 
-    def __init__(self, experts: nn.Module, routes: Routes, rest: Tensor, weights: Tensor) -> None:
-        """`weights`: what each token counts in the joint step, [T]."""
+    def __init__(
+        self, experts: nn.Module, routes: Routes, rest: Tensor, weights: Tensor, room: Tensor | None = None
+    ) -> None:
+        """`weights`: what each token counts in the joint step, [T]. `room`: float32, where to keep the fitted columns of all
+        experts, d for each kept neuron, instead of in memory."""
         self.experts, self.routes, self.rest, self.weights = experts, routes, rest, weights
+        self.room = room
         self.down = experts.get_parameter("down_proj")
 
     @torch.no_grad()
@@ -222,14 +217,21 @@ class LayerFit:
         fitted: dict[int, Tensor] = {}
         tokens: dict[int, tuple[Tensor, Tensor]] = {}
         for expert, neurons in zip(plan.router, plan.retained, strict=True):
-            rows, slots = torch.nonzero(self.routes.chosen == expert, as_tuple=True)
+            rows, weights = self.routes.of(expert)
             if len(rows):
-                tokens[expert] = (rows, self.routes.weights[rows, slots])
-                fitted[expert] = self._alone(expert, neurons, *tokens[expert])
+                tokens[expert] = (rows, weights)
+                fitted[expert] = self._keep(self._alone(expert, neurons, *tokens[expert]))
         for expert, neurons in zip(plan.router, plan.retained, strict=True):
             if expert in fitted and len(neurons):
-                self._together(expert, neurons, fitted, *tokens[expert])
+                self._together(expert, neurons, fitted[expert], *tokens[expert])
         return {e: columns.float().cpu().numpy() for e, columns in fitted.items() if columns.shape[1]}
+
+    def _keep(self, columns: Tensor) -> Tensor:
+        """The columns where they stay until the layer is saved."""
+        if self.room is None:
+            return columns
+        place, self.room = self.room[: columns.numel()], self.room[columns.numel() :]
+        return place.view(columns.shape).copy_(columns)
 
     def _alone(self, expert: int, neurons: Neurons, rows: Tensor, weights: Tensor) -> Tensor:
         """The plain refit of an expert; R takes up what it changes."""
@@ -242,10 +244,8 @@ class LayerFit:
                 self._add(chunk, h @ down.T - h[:, torch.from_numpy(neurons).to(h.device)] @ columns.T)
         return columns
 
-    def _together(
-        self, expert: int, neurons: Neurons, fitted: dict[int, Tensor], rows: Tensor, weights: Tensor
-    ) -> None:
-        """One step of the joint fit: what of R this expert's kept neurons can explain."""
+    def _together(self, expert: int, neurons: Neurons, fitted: Tensor, rows: Tensor, weights: Tensor) -> None:
+        """One step of the joint fit: what of R this expert's kept neurons can explain goes into `fitted`."""
         kept = torch.from_numpy(neurons).to(self.down.device)
         gram = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=self.down.device)
         cross = torch.zeros(self.down.shape[1], len(kept), dtype=torch.float64, device=self.down.device)
@@ -262,7 +262,7 @@ class LayerFit:
             return
         gram.diagonal().add_(ridge)
         step = torch.linalg.solve(gram, cross.T).T * min(1.0, len(rows) / (2 * width))
-        fitted[expert] = fitted[expert] + step.float()
+        fitted += step.float().to(fitted.device)
         for chunk, h in self._neurons(expert, rows, weights):
             self._add(chunk, -(h[:, kept] @ step.float().T))
 
@@ -274,10 +274,7 @@ class LayerFit:
         return gram
 
     def _neurons(self, expert: int, rows: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tokens, their weighted neurons g h, float32 [n, K]) of an expert, CHUNK tokens at a time."""
-        for chunk, gate in zip(rows.split(CHUNK), weights.split(CHUNK), strict=True):
-            x = self.routes.inputs[chunk.cpu()].to(self.down.device)
-            yield chunk.cpu(), (neurons_of(self.experts, expert, x) * gate[:, None]).float()
+        return self.routes.neurons(self.experts, expert, rows, weights, CHUNK)
 
     def _add(self, rows: Tensor, change: Tensor) -> None:
         # A token has an expert once, so no row is named twice.
@@ -288,22 +285,3 @@ def _token_weights(goal: Tensor) -> Tensor:
     """1 / squared length of the original's output, normalised to mean 1: [windows, n_ctx, d] -> float32 [T]."""
     inverse = torch.cat([1 / window.float().square().sum(dim=-1).clamp(min=1e-30) for window in goal])
     return inverse / inverse.mean()
-
-
-@contextmanager
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """A tensor in a file that is there for a while."""
-    size = int(np.prod(shape))
-    with open(path, "wb") as file:
-        try:
-            # Not a sparse file: a full disk would kill the process when the mapping is written to.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-            file.truncate(size * dtype.itemsize)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise GgufToolError(f"{path}: no room for {size * dtype.itemsize} bytes ({error.strerror})") from error
-    try:
-        yield torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-    finally:
-        path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import note_saved, settle
 from .errors import GgufToolError
 from .tensors import TensorSpec
 
@@ -169,8 +170,11 @@ class CalibrationStats:
                 f"{int(routed.sum())} routed tokens were counted, not tokens x top-k = {int(expected.sum()) * n_layers}"
             )
 
-    def save(self, path: Path) -> None:
-        """Writes the stats to `path`, first to `path`.partial. Raises GgufToolError where that is impossible."""
+    def save(self, path: Path, work_dir: Path | None = None) -> None:
+        """Writes the stats to `path`, first to `path`.partial; `work_dir` is told (see `durable.note_saved`).
+
+        Raises GgufToolError where that is impossible.
+        """
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
@@ -193,7 +197,9 @@ class CalibrationStats:
         try:
             save_file(arrays, partial, {"gguftool": json.dumps(header)})
             partial.chmod(0o644)  # safetensors makes files that nobody else may read
-            partial.replace(path)
+            if work_dir is not None:
+                note_saved(work_dir, partial)
+            settle(partial, path)
         except (SafetensorError, OSError) as error:
             raise GgufToolError(f"{path}: cannot be written ({error})") from error
 

@@ -1,14 +1,13 @@
 """The state of a calibration between two layers, on disk.
 
 `state.json` says what the state belongs to and how many layers are done; `hidden-N.bin` is the input of layer N for all
-windows; `layer-N.safetensors` holds the sums of a finished layer. Every file is written under another name and renamed,
-and `state.json` is the last, so that a run may be stopped at any moment.
+windows; `layer-N.safetensors` holds the sums of a finished layer. Every file is written under another name, flushed to the
+disk and renamed, and `state.json` is the last, so that a run may be stopped, killed or cut off from its power at any moment.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,14 +19,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import Tensor
 
+from .durable import SAVED, is_saved, settle
 from .errors import GgufToolError
 
 # Rises where what a layer leaves behind changes.
 VERSION = 2
 PATTERNS = ("state.json", "hidden-*.bin", "layer-*.safetensors", "*.partial")
+KINDS = {"<f8": "F64", "<f4": "F32"}
+# Work directories that may lie inside of one: the two streams of a sequential refit, and those of ranks.
+INSIDE = ("original", "pruned", "rank-*-of-*")
 
 
 class WorkDir:
@@ -38,19 +41,29 @@ class WorkDir:
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], shape: tuple[int, int, int], dtype: torch.dtype
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        resident: bool = False,
     ) -> None:
         """Takes up the state in `path` where it has the same `identity`, else clears it.
 
-        `shape` is that of the hidden states, [windows, n_ctx, d].
+        `shape` is that of the hidden states, [windows, n_ctx, d]. They are always written to disk, to go on from; `resident`
+        keeps them in memory too, where the output of a layer takes the place of its input.
         """
-        self.path, self.shape, self.dtype = path, shape, dtype
+        self.path, self.shape, self.dtype, self.resident = path, shape, dtype, resident
+        self._held: Tensor | None = None
         self.identity = json.loads(json.dumps({"version": VERSION, **identity}))
         with _stated(path):
             path.mkdir(parents=True, exist_ok=True)
             self.position = self._find_position()
             if self.position is None:
                 self._clear()
+            else:
+                self._sweep(self.position)
             need, free = 2 * self._bytes(), shutil.disk_usage(path).free
             if self.position is None and free < need:
                 raise GgufToolError(
@@ -58,7 +71,12 @@ class WorkDir:
                 )
 
     def hidden(self) -> Tensor:
-        """The input of layer `position`, [windows, n_ctx, d], mapped from disk."""
+        """The input of layer `position`, [windows, n_ctx, d], mapped from disk or in memory."""
+        if self.resident:
+            if self._held is None:
+                values = np.fromfile(self._hidden(self._at()), dtype=np.uint8)
+                self._held = torch.from_numpy(values).view(self.dtype).view(self.shape)
+            return self._held
         return torch.from_file(str(self._hidden(self._at())), size=prod(self.shape), dtype=self.dtype).view(self.shape)
 
     @contextmanager
@@ -67,33 +85,60 @@ class WorkDir:
         position = 0 if self.position is None else self.position + 1
         target = self._hidden(position)
         partial = target.with_name(target.name + ".partial")
+        # Until all of it is there, what is in memory is neither the input nor the output.
+        held, self._held = self._held, None
+        if self.resident and held is None:
+            held = torch.empty(self.shape, dtype=self.dtype)
+        done = 0
         with _stated(self.path), partial.open("wb") as stream:
 
             def append(windows: Tensor) -> None:
-                stream.write(windows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                nonlocal done
+                if held is not None:
+                    held[done : done + len(windows)] = windows.to(self.dtype)
+                    done += len(windows)
+                stream.write(windows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().data)
 
             yield append
-            stream.flush()
-            os.fsync(stream.fileno())
             if stream.tell() != self._bytes():
                 raise GgufToolError(f"{partial}: {stream.tell()} bytes were written, not {self._bytes()}")
-        partial.replace(target)
+        with _stated(self.path):
+            settle(partial, target)
+        self._held = held
 
     def advance(self, sums: Mapping[str, NDArray[Any]] | None = None) -> None:
-        """Marks layer `position` done with these sums (None: the embedding is done) and frees its input."""
+        """Marks layer `position` done with these sums (None: the embedding is done). Its input is there until `free`."""
         finished = self.position
         with _stated(self.path):
             if finished is not None:
                 target = self.sums_path(finished)
                 partial = target.with_name(target.name + ".partial")
-                save_file({name: np.ascontiguousarray(value) for name, value in (sums or {}).items()}, partial)
-                partial.replace(target)
+                _write(partial, sums or {})
+                settle(partial, target)
             self.position = 0 if finished is None else finished + 1
             partial = self.path / "state.json.partial"
             partial.write_text(json.dumps({"identity": self.identity, "position": self.position}))
-            partial.replace(self.path / "state.json")
-            if finished is not None:
-                self._hidden(finished).unlink(missing_ok=True)
+            settle(partial, self.path / "state.json")
+
+    def free(self) -> None:
+        """Removes the input of the layer that was finished last."""
+        if self._at():
+            self._hidden(self._at() - 1).unlink(missing_ok=True)
+
+    def go_back(self) -> None:
+        """Takes back the last `advance`, whose layer's input is still there."""
+        position = self._at() - 1
+        hidden = self._hidden(position)
+        if position < 0 or not hidden.is_file() or hidden.stat().st_size != self._bytes():
+            self.restart()
+            return
+        self.position, self._held = position, None
+
+    def restart(self) -> None:
+        """Forgets everything."""
+        self._clear()
+        self._held = None
+        self.position = None
 
     def sums(self, layer: int) -> dict[str, NDArray[np.float64]]:
         """The sums of a finished layer."""
@@ -139,8 +184,13 @@ class WorkDir:
             return False
 
     def _clear(self) -> None:
-        for pattern in PATTERNS:
-            for file in self.path.glob(pattern):
+        _clear(self.path)
+
+    def _sweep(self, position: int) -> None:
+        """Removes what a killed run left behind and nobody reads any more."""
+        kept = {self._hidden(position), self._hidden(position - 1)}
+        for file in (*self.path.glob("hidden-*.bin"), *self.path.glob("*.partial")):
+            if file not in kept:
                 file.unlink()
 
     def _bytes(self) -> int:
@@ -148,6 +198,47 @@ class WorkDir:
 
     def _hidden(self, layer: int) -> Path:
         return self.path / f"hidden-{layer:03}.bin"
+
+
+def clear_leftovers(work_dir: Path, out: Path) -> None:
+    """Removes the work directory of a run that was killed behind the saving of its result `out`."""
+    if not is_saved(work_dir, out):
+        return
+    with _stated(work_dir):
+        for pattern in INSIDE:
+            for folder in work_dir.glob(pattern):
+                _clear(folder)
+                with suppress(OSError):
+                    folder.rmdir()
+        _clear(work_dir)
+        with suppress(OSError):
+            work_dir.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Removes the files of a work directory, the note of what was saved last."""
+    for pattern in (*PATTERNS, SAVED):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """A safetensors file, one array after the other; safetensors' own writer copies all of them into memory first."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, value in arrays.items():
+        header[name] = {
+            "dtype": KINDS[value.dtype.str],
+            "shape": value.shape,
+            "data_offsets": [end, end + value.nbytes],
+        }
+        end += value.nbytes
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for value in arrays.values():
+            stream.write(np.ascontiguousarray(value).data)
 
 
 @contextmanager

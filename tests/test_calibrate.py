@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from gguftool.calibrate import LayerStream, calibrate
 from gguftool.checkpoint import _pieces, open_checkpoint
 from gguftool.errors import GgufToolError
+from gguftool.grams import Grams, ObsPlan
 from gguftool.inventory import gguf_name
 from gguftool.obs import RIDGE, costs
 from gguftool.recorders import ExpertRecorder, check_layout, recording
@@ -99,12 +100,15 @@ def test_sums_worked_out_by_hand():
 
 def test_second_moments_are_gated_and_lead_to_the_costs():
     """Expert 0: h = (1, 0) with g = 1/2, then (0, 4) with g = 1: C = diag(1/4, 16). Expert 1: h = (4, 1): C = h h^T."""
-    recorder = ExpertRecorder(ToyExperts(), 1, (4, 2, 2), layer=0, obs=True)
+    module = ToyExperts()
+    grams = Grams(module, ObsPlan())
+    recorder = ExpertRecorder(module, 1, (4, 2, 2), 0, grams)
     recorder(torch.tensor([[1.0, 0], [2, 1]]), torch.tensor([[0], [1]]), torch.tensor([[0.5], [1]]))
     recorder(torch.tensor([[0.0, 2]]), torch.tensor([[0]]), torch.tensor([[1.0]]))
-    assert recorder.grams.tolist() == [[[0.25, 0], [0, 16]], [[16, 4], [4, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
+    moments = grams.moments
+    assert moments.tolist() == [[[0.25, 0], [0, 16]], [[16, 4], [4, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
     found = recorder.arrays()["neuron.obs"]
-    own = costs(recorder.grams, recorder.module.down_proj, torch.tensor([2, 1, 0, 0]))
+    own = costs(moments, module.down_proj, torch.tensor([2, 1, 0, 0]))
     assert np.array_equal(found, own.detach().numpy())
     # Two tokens of the 2K = 4 that would do: halfway between the refit's cost and that of the column alone.
     ridge = RIDGE * (0.25 + 16) / 2
@@ -314,7 +318,8 @@ def test_a_stopped_run_goes_on_and_ends_the_same(checkpoints, whole, tmp_path, w
     assert same(calibrate(checkpoint, DOMAINS, work, batch=2, progress=again), whole)
     finished = (windows - 1) // 8
     assert again.seen[0] == (8 * finished + 2, 24, f"layer {finished + 1} of 3")
-    assert again.seen[-1] == (24, 24, "layer 3 of 3")
+    assert (24, 24, "layer 3 of 3") in again.seen
+    assert again.seen[-1] == (24, 24, "layer 3 of 3, OBS of expert 6 of 6")
     assert not work.exists()
 
 

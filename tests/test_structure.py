@@ -18,9 +18,10 @@ PACKAGE = Path(__file__).parent.parent / "gguftool"
 
 # A module imports only from rows above its own. Third parties are what a row may use besides the rows above it.
 ROWS = [
-    ({"__init__", "errors"}, set()),
+    ({"__init__", "errors", "durable", "processes"}, set()),
     ({"architectures", "tensors"}, set()),
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
+    ({"parts"}, {"numpy"}),
     ({"saliency", "plan", "tiers", "encoding"}, {"numpy"}),
     ({"schedules"}, {"numpy"}),
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
@@ -30,7 +31,11 @@ ROWS = [
     ({"corpus", "checkpoint", "surgery", "cut", "requant", "router_fix"},
      {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
     ({"obs"}, {"torch"}),
-    ({"inventory", "loader", "recorders", "workdir", "random_model"}, {"numpy", "torch", "transformers", "gguf", "safetensors"}),
+    ({"inventory", "loader", "recorders", "workdir", "random_model", "memory"},
+     {"numpy", "torch", "transformers", "gguf", "safetensors"}),
+    ({"ranks", "routes"}, {"numpy", "torch"}),
+    ({"grams"}, {"torch"}),
+    ({"random_checkpoint"}, {"numpy"}),
     ({"runtime_base"}, set()),
     ({"devices", "toolchain", "optests"}, set()),
     ({"runtime_build"}, set()),
@@ -45,6 +50,7 @@ ROWS = [
     ({"sequential"}, {"numpy", "torch"}),
     ({"probe"}, set()),
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
+    ({"bench_calibrate", "bench_calibrate_worker"}, {"numpy", "torch"}),
     ({"crosscheck", "selftest", "selftest_worker"}, {"numpy"}),
     ({"report", "terminal"}, {"rich"}),
     ({"runtime_report", "sweep_report"}, {"rich"}),
@@ -53,7 +59,7 @@ ROWS = [
     ({"demo", "sweep"}, set()),
     ({"cli_options"}, {"click"}),
     ({"cli_calibrate", "cli_plan", "cli_refit", "cli_gguf", "cli_validate", "cli_compress"}, {"click", "rich"}),
-    ({"cli_runtime", "cli_bench", "cli_sensitivity", "cli_sweep"}, {"click"}),
+    ({"cli_runtime", "cli_bench", "cli_sensitivity", "cli_stats", "cli_sweep"}, {"click"}),
     ({"cli"}, {"click"}),
     ({"__main__"}, set()),
 ]  # fmt: skip

@@ -1,0 +1,257 @@
+"""What a pass over a model takes in memory, and how it is run so that it stays below a limit.
+
+Everything follows from sizes in the checkpoint's headers and the command's options, so that the same command is run in the
+same way each time it is started. What is counted is memory of the process' own: pages of mapped files, which the system takes
+back when it needs them, are not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from .checkpoint import Checkpoint
+from .errors import GgufToolError
+from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS
+
+# Python, torch and transformers, a tokenizer and its texts, what matrix products keep for the next one, and memory that is free
+# but not given back. Measured: 0.25 GiB at the start, 0.3 to 0.5 behind the first layer.
+PROCESS = 640 << 20
+# Matrices of K x K in float64 that an OBS solve works with, and the down projection.
+SOLVE = 5
+BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
+DEFAULT_BATCH = 4
+# Where no limit is given, a layer's second moments are together in memory up to this: 302 MB at Qwen3-30B's sizes.
+MOMENTS_TOGETHER = 2 << 30
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """'12GiB', '0.5 GiB', '800MB', '123' (bytes) -> bytes. Raises GgufToolError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    unit = found.group(2).upper() if found else ""
+    if found is None or unit not in UNITS:
+        hint = (
+            f"; did you mean {found.group(1)}{unit}iB or {found.group(1)}{unit}B?"
+            if unit in tuple("KMGT") and found
+            else ""
+        )
+        raise GgufToolError(f"{text!r} is no size in bytes: it takes a number and a unit, as 12GiB or 800MB{hint}")
+    size = int(float(found.group(1)) * UNITS[unit])
+    if size < 1:
+        raise GgufToolError(f"{text!r} is no size in bytes: it is less than one byte")
+    return size
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a pass takes in memory.
+
+    Attributes:
+        layer: the weights of the largest decoder layer, in the type of the computation.
+        embedding: what is loaded beside the layers at the start.
+        statistics: the sums of one layer. all_statistics: those of all layers, twice, when the stats are put together.
+        moment: C of one expert, K x K. n_expert: how many experts have one.
+        solve: what solving one expert takes beside that.
+        window: the activations of one window while it runs through a layer.
+        hidden: the hidden states of all windows.
+    """
+
+    layer: int
+    embedding: int
+    statistics: int
+    all_statistics: int
+    moment: int
+    n_expert: int
+    solve: int
+    window: int
+    hidden: int
+
+    def peak(self, batch: int, group: int, threads: int, resident: bool) -> int:
+        """The most that is in memory at any time.
+
+        `group`: experts whose C are in memory at a time, 0 for none. `threads`: experts that are solved at the same time.
+        `resident`: whether the hidden states lie in memory too.
+        """
+        base = PROCESS + (self.hidden if resident else 0)
+        moments = group * self.moment
+        running = self.layer + self.statistics + moments + batch * self.window
+        solving = self.layer + self.statistics + moments + (threads * self.solve if group else 0)
+        return base + max(self.embedding + batch * self.window, running, solving, self.all_statistics)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a pass is run.
+
+    Attributes:
+        dtype: of the computation and of the hidden states.
+        batch: windows that run through a layer at once.
+        group: experts whose second moments are in memory at a time, 0 for all of them.
+        threads: experts whose OBS costs are solved at the same time, 0 for as many as torch uses threads.
+        resident: whether the hidden states lie in memory, and not in a mapped file only.
+        peak: bytes that this takes by estimate. needs: what they are made of.
+    """
+
+    dtype: torch.dtype
+    batch: int
+    group: int
+    threads: int
+    resident: bool
+    peak: int
+    needs: Needs
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        hidden = "in memory" if self.resident else "in a mapped file"
+        moments = f", moments of {self.group} experts at a time" if self.group else ""
+        return (
+            f"{kind}, {self.batch} windows at a time, hidden states ({gib(self.needs.hidden)}) {hidden}{moments}: "
+            f"{gib(self.peak)} by estimate"
+        )
+
+
+def plan_memory(
+    checkpoint: Checkpoint, windows: int, n_ctx: int, dtype: torch.dtype | None, limit: int | None, *,
+    moments: int | None = None, n_domains: int = 1, threads: int = 0, device: str = "cpu",
+    what: str = "calibrate",
+) -> MemoryPlan:  # fmt: skip
+    """How to run a pass over `windows` windows below `limit` bytes (None: no limit).
+
+    Args:
+        dtype: of the computation; None picks float32 on the CPU, or bfloat16 where the limit allows no more, and the
+            checkpoint's own type elsewhere.
+        moments: experts of a layer whose second moments are taken; None for all, 0 for none.
+        threads: of torch, for the solves. device: where the computation runs. what: the pass, for what is said of it.
+
+    Raises:
+        GgufToolError: the limit does not hold a layer, its statistics and one window; with the numbers.
+    """
+    if dtype is None and device != "cpu":
+        dtype = torch.float16 if all(t.dtype == "F16" for t in checkpoint.tensors.values()) else torch.bfloat16
+    choices = (dtype,) if dtype is not None else (torch.float32, torch.bfloat16)
+    threads = threads or torch.get_num_threads()
+    for kind in choices:
+        needs = needs_of(checkpoint, windows, n_ctx, kind, moments, n_domains)
+        found = _fit(needs, kind, limit, threads)
+        if found is not None:
+            return found
+    assert limit is not None
+    raise GgufToolError(
+        _refusal(needs_of(checkpoint, windows, n_ctx, choices[0], moments, n_domains), choices, limit, what)
+    )
+
+
+def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int) -> MemoryPlan | None:
+    """The fastest way to stay below the limit, or None."""
+    if limit is None:
+        together = needs.n_expert * needs.moment <= MOMENTS_TOGETHER
+        peak = needs.peak(DEFAULT_BATCH, needs.n_expert if together else 1, threads, False)
+        return MemoryPlan(dtype, DEFAULT_BATCH, 0 if together else 1, 0, False, peak, needs)
+    least = min(1, needs.n_expert)
+    groups = sorted({needs.n_expert, *(max(least, needs.n_expert // n) for n in (2, 4, 8, 16)), least}, reverse=True)
+
+    def first(batches: tuple[int, ...], resident: bool) -> MemoryPlan | None:
+        # Moments of all experts together save computing the neurons twice; more than a few windows at once bring less.
+        for group in groups:
+            for batch in batches:
+                for solvers in range(threads, 0, -1):
+                    peak = needs.peak(batch, group, solvers, resident)
+                    if peak <= limit:
+                        own = 0 if group == needs.n_expert else group
+                        return MemoryPlan(dtype, batch, own, solvers, resident, peak, needs)
+        return None
+
+    small = first(tuple(b for b in BATCHES if b <= DEFAULT_BATCH), False)
+    if small is None:
+        return None
+    found = small
+    for better in (replace(small, resident=True), *(replace(small, batch=b) for b in BATCHES if b > small.batch)):
+        tried = replace(better, resident=better.resident or found.resident)
+        peak = needs.peak(tried.batch, tried.group or needs.n_expert, tried.threads, tried.resident)
+        if peak <= limit and tried.batch >= found.batch:
+            found = replace(tried, peak=peak)
+    return found
+
+
+def needs_of(
+    checkpoint: Checkpoint, windows: int, n_ctx: int, dtype: torch.dtype, moments: int | None, n_domains: int
+) -> Needs:
+    """What a pass takes in memory, from the checkpoint's headers."""
+    n_expert, width, n_embd, size = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd, dtype.itemsize
+    prefix = f"{checkpoint.architecture.layers}."
+    weights = [0] * checkpoint.n_layers
+    widest = n_embd
+    for name, tensor in checkpoint.tensors.items():
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and index.isdecimal() and int(index) < checkpoint.n_layers:
+            weights[int(index)] += prod(tensor.shape)
+            if "expert" not in rest and len(tensor.shape) > 1:
+                widest = max(widest, *tensor.shape)
+    neurons = len(NEURON_SUMS) + len(WEIGHT_NORMS) + (len(SOLVED) if moments != 0 else 0)
+    statistics = 8 * n_expert * (len(EXPERT_SUMS) * n_domains + neurons * width + n_embd) + 8 * 8 * widest
+    count = n_expert if moments is None else moments
+    work = max(4, size)
+    # Of a token: residual stream, queries, keys, values and their rotated copies; squares for the sums; the experts' share.
+    share = min(1.0, 4 * checkpoint.n_expert_used / n_expert)
+    token = size * (8 * n_embd + 4 * widest) + work * (2 * widest + 2 * n_embd + n_expert)
+    token += int(share * (size * (4 * width + 2 * n_embd) + work * (3 * width + 3 * n_embd)))
+    return Needs(
+        layer=max(weights) * size,
+        embedding=checkpoint.n_vocab * n_embd * size,
+        statistics=statistics,
+        all_statistics=2 * len(checkpoint.moe_layers) * statistics,
+        moment=work * width * width if count else 0,
+        n_expert=count,
+        solve=8 * (SOLVE * width * width + width * n_embd),
+        window=n_ctx * token,
+        hidden=windows * n_ctx * n_embd * size,
+    )
+
+
+def _refusal(needs: Needs, choices: tuple[torch.dtype, ...], limit: int, what: str) -> str:
+    """What is missing, in numbers, and what to do about it."""
+    kind = " or ".join(str(choice).removeprefix("torch.") for choice in choices)
+    least = needs.peak(1, min(1, needs.n_expert), 1, False)
+    parts = [
+        f"the process {gib(PROCESS)}",
+        f"one layer's weights {gib(needs.layer)}",
+        f"its statistics {gib(needs.statistics)} (those of all layers together {gib(needs.all_statistics)})",
+        f"one window {gib(needs.window)}",
+    ]
+    remedies = []
+    if needs.n_expert:
+        parts.append(f"second moments {gib(needs.moment)} an expert and {gib(needs.solve)} to solve it")
+        if what == "calibrate" and needs.peak(1, 0, 1, False) <= limit:
+            remedies.append("--no-obs")
+    if choices == (torch.float32,):
+        remedies.append("--dtype bfloat16")
+    if needs.window > needs.layer // 8:
+        remedies.append("a shorter --ctx")
+    remedies.append(f"--memory {gib(least, up=True).replace(' ', '')} or more")
+    return (
+        f"a limit of {gib(limit)} does not hold what one layer takes in {kind}, {gib(least)} at least: {', '.join(parts)}; "
+        f"hidden states ({gib(needs.hidden)}) would lie in a file. What helps: {', '.join(remedies)}"
+    )
+
+
+def gib(size: int, up: bool = False) -> str:
+    """Bytes for a person: 2.32 GiB, 800.0 MiB."""
+    unit, places = (2**30, 2) if size >= 2**30 else (2**20, 1)
+    value = size / unit
+    if up:
+        value = -(-size * 10**places // unit) / 10**places
+    return f"{value:.{places}f} {'GiB' if unit == 2**30 else 'MiB'}"
+
+
+def parse_dtype(text: str) -> torch.dtype | None:
+    """'float32', 'bfloat16', 'float16', or None for 'auto'."""
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text not in known:
+        raise GgufToolError(f"no type {text!r}; known are {', '.join(known)}")
+    return known[text]

@@ -1,0 +1,241 @@
+"""Limits of memory: what they pick, what they refuse, and that what they pick changes no number beyond rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import PreTrainedModel
+
+from gguftool.bench_calibrate import BARS, QUICK, Memory, measure
+from gguftool.calibrate import calibrate
+from gguftool.checkpoint import open_checkpoint
+from gguftool.cli import cli
+from gguftool.errors import GgufToolError
+from gguftool.loader import usable_device
+from gguftool.memory import PROCESS, SOLVE, Needs, needs_of, parse_bytes, parse_dtype, plan_memory
+from gguftool.refit import refit, refit_memory
+from gguftool.sequential import refit_sequentially
+from gguftool.stats import CalibrationStats
+from killed import domains, plan_for
+from models import sample_text, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return open_checkpoint(tiny_checkpoint(tmp_path_factory.mktemp("memory") / "model"))
+
+
+@pytest.fixture
+def no_whole_model(monkeypatch):
+    """Loading a whole model raises."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a whole model was loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12GiB", 12 << 30),
+        ("0.5 GiB", 1 << 29),
+        ("800MiB", 800 << 20),
+        ("1.5gb", 1_500_000_000),
+        ("64 kB", 64_000),
+        ("7", 7),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+def test_what_is_no_size_says_why():
+    cases = {
+        "12G": "did you mean 12GiB or 12GB",
+        "big": "'big' is no size",
+        "-3GiB": "no size",
+        "0MiB": "less than one byte",
+        "": "''",
+    }
+    for text, message in cases.items():
+        with pytest.raises(GgufToolError, match=message):
+            parse_bytes(text)
+    with pytest.raises(GgufToolError, match="no type 'int4'; known are auto"):
+        parse_dtype("int4")
+
+
+def test_a_device_that_is_absent_is_named():
+    for device, name in {"cuda": "NVIDIA GPU", "cuda:1": "NVIDIA GPU", "mps": "Apple GPU"}.items():
+        there = torch.backends.mps.is_available() if device == "mps" else torch.cuda.is_available()
+        if not there:
+            with pytest.raises(GgufToolError, match=f"device '{device}' cannot be used: torch .* sees no {name} here"):
+                usable_device(device)
+    assert usable_device("cpu", solves=True).type == "cpu"
+
+
+def test_the_peak_by_hand():
+    needs = Needs(
+        layer=1000,
+        embedding=300,
+        statistics=10,
+        all_statistics=60,
+        moment=7,
+        n_expert=4,
+        solve=50,
+        window=100,
+        hidden=500,
+    )
+    assert needs.peak(2, 4, 3, False) == PROCESS + 1000 + 10 + 4 * 7 + max(2 * 100, 3 * 50)
+    assert needs.peak(1, 1, 3, True) == PROCESS + 500 + 1000 + 10 + 7 + 3 * 50
+    assert needs.peak(1, 0, 3, False) == PROCESS + 1000 + 10 + 100
+    assert replace(needs, embedding=5000).peak(1, 0, 1, False) == PROCESS + 5000 + 100
+    assert replace(needs, all_statistics=9000).peak(1, 0, 1, False) == PROCESS + 9000
+
+
+def test_needs_are_those_of_the_headers(checkpoint):
+    needs = needs_of(checkpoint, 10, 64, torch.float32, None, 2)
+    layer = [t for name, t in checkpoint.tensors.items() if name.startswith("model.layers.0.")]
+    assert needs.layer == 4 * sum(int(np.prod(t.shape)) for t in layer)
+    assert needs.hidden == 10 * 64 * 32 * 4 and needs.moment == 4 * 32 * 32 and needs.n_expert == 6
+    assert needs.solve == 8 * (SOLVE * 32 * 32 + 32 * 32)
+    assert needs_of(checkpoint, 10, 64, torch.bfloat16, 0, 2).layer == needs.layer // 2
+
+
+def real() -> Needs:
+    """About Qwen3-30B-A3B's layer in float32, 256 windows of 512 tokens."""
+    return Needs(
+        layer=2_492_000_000, embedding=1_244_000_000, statistics=7_000_000, all_statistics=672_000_000, moment=2_359_296,
+        n_expert=128, solve=36_000_000, window=90_000_000, hidden=1_073_741_824,
+    )  # fmt: skip
+
+
+def test_more_memory_is_used_and_less_is_enough(monkeypatch, checkpoint):
+    monkeypatch.setattr("gguftool.memory.needs_of", lambda *_: real())
+
+    def plan(limit, **options):
+        return plan_memory(checkpoint, 256, 512, torch.float32, parse_bytes(limit), threads=2, **options)
+
+    wide, middle, narrow = plan("12GiB"), plan("3.75GiB"), plan("3250MiB")
+    assert (wide.batch, wide.group, wide.resident) == (16, 0, True)
+    assert (middle.group, middle.resident) == (0, False) and 1 <= middle.batch < 16
+    assert 0 < narrow.group < 128 and not narrow.resident and narrow.batch >= 1
+    for found, limit in ((wide, "12GiB"), (middle, "3.75GiB"), (narrow, "3250MiB")):
+        group = found.group or 128
+        assert found.peak == real().peak(found.batch, group, found.threads, found.resident) <= parse_bytes(limit)
+    with pytest.raises(GgufToolError) as refused:
+        plan("1GiB")
+    text = str(refused.value)
+    for number in (
+        "a limit of 1.00 GiB",
+        "2.32 GiB",
+        "6.7 MiB",
+        "85.8 MiB",
+        "2.2 MiB an expert",
+        "1.00 GiB) would lie in a file",
+    ):
+        assert number in text, text
+    assert "--dtype bfloat16" in text and "--memory 3.04GiB or more" in text and "--no-obs" not in text
+
+
+def test_without_costs_more_fits(monkeypatch, checkpoint):
+    """Mixtral-sized experts: a moment takes 0.8 GB and its solve 9 GB."""
+    monkeypatch.setattr(
+        "gguftool.memory.needs_of",
+        lambda *args: replace(real(), moment=822_083_584, solve=9_000_000_000, n_expert=0 if args[4] == 0 else 8),
+    )
+    with pytest.raises(GgufToolError, match="--no-obs"):
+        plan_memory(checkpoint, 1, 512, torch.float32, parse_bytes("8GiB"), threads=1)
+    assert plan_memory(checkpoint, 1, 512, torch.float32, parse_bytes("8GiB"), moments=0, threads=1).batch > 1
+    with_costs = plan_memory(checkpoint, 1, 512, torch.float32, parse_bytes("16GiB"), threads=4)
+    assert 1 <= with_costs.group < 8 and with_costs.threads == 1
+    unlimited = plan_memory(checkpoint, 1, 512, torch.float32, None)
+    assert unlimited.group == 1  # 6.6 GB of moments are not taken unasked
+
+
+def test_auto_takes_bfloat16_where_float32_does_not_fit(checkpoint):
+    least = [needs_of(checkpoint, 8, 12, kind, 0, 2).peak(1, 0, 1, False) for kind in (torch.bfloat16, torch.float32)]
+    assert least[0] < least[1]
+    picked = [plan_memory(checkpoint, 8, 12, None, limit, moments=0, n_domains=2).dtype for limit in least]
+    assert picked == [torch.bfloat16, torch.float32]
+    with pytest.raises(GgufToolError, match="float32 or bfloat16"):
+        plan_memory(checkpoint, 8, 12, None, least[0] - 1, moments=0, n_domains=2)
+
+
+class Told:
+    """Progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, _done: int, _total: int, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_groups_and_resident_states_change_nothing_but_rounding(checkpoint, tmp_path, no_whole_model):
+    plan = plan_memory(checkpoint, 8, 12, torch.float32, None)
+    plan = replace(plan, batch=2)
+    whole = calibrate(checkpoint, domains(), tmp_path / "a", how=plan)
+    resident = calibrate(checkpoint, domains(), tmp_path / "b", how=replace(plan, resident=True))
+    for name, value in whole.neurons.items():
+        assert np.array_equal(resident.neurons[name], value), name
+    for group in (1, 4):
+        how, told = replace(plan, group=group, threads=2), Told()
+        grouped = calibrate(checkpoint, domains(), tmp_path / "c", how=how, progress=told)
+        assert grouped.neurons["obs"] == pytest.approx(whole.neurons["obs"], rel=1e-3)
+        assert np.array_equal(grouped.neurons["h_sq"], whole.neurons["h_sq"])
+        assert told.texts.count("layer 2 of 3, OBS of expert 3 of 6") == 1
+        assert not (tmp_path / "c").exists()
+
+
+def test_a_refit_in_groups_is_the_same(checkpoint, tmp_path, no_whole_model):
+    plan = plan_for(checkpoint)
+    how = refit_memory(checkpoint, plan, domains(), torch.float32, None)
+    whole = refit(checkpoint, plan, domains(), tmp_path / "a", how=how)
+    grouped = refit(checkpoint, plan, domains(), tmp_path / "b", how=replace(how, group=1, resident=True))
+    assert whole.keys() == grouped.keys() and len(whole) > 10
+    for key in whole.keys():
+        assert grouped.get(*key) == pytest.approx(whole.get(*key), rel=1e-3, abs=1e-4)
+    assert not (tmp_path / "b" / "inputs.partial").exists()
+    assert len(refit_sequentially(checkpoint, plan, domains(), tmp_path / "c", how=how)) >= len(whole)
+
+
+def test_the_command_says_what_it_picked_or_refuses(checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text(sample_text(200))
+    out = tmp_path / "stats.safetensors"
+    command = ["calibrate", str(checkpoint.path), "--data", str(tmp_path / "text.txt"), "--ctx", "32", "-o", str(out)]
+    done = CliRunner().invoke(cli, [*command, "--memory", "2GiB"], catch_exceptions=False)
+    assert "float32, 16 windows at a time, hidden states" in done.output and "in memory" in done.output
+    for options, message in (
+        (["--memory", "600MiB"], "a limit of 600.0 MiB does not hold what one layer takes in float32 or bfloat16"),
+        (["--memory", "lots"], "'lots' is no size"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+    ):
+        done = CliRunner().invoke(cli, [*command, "--force", *options])
+        assert isinstance(done.exception, GgufToolError) and message in str(done.exception)
+    assert CalibrationStats.load(out).tokens > 0
+
+
+def test_the_benchmark_from_end_to_end(tmp_path):
+    result = measure("qwen3-30b-a3b", QUICK, tmp_path, quick=True)
+    assert [one.n_layers for one in result.memory] == [2, 3] and not list(tmp_path.iterdir())
+    assert set(BARS) <= set(result.ratios) and result.missed() == []
+    assert all(ratio.value > 0 for ratio in result.ratios.values())
+    assert result.whole["layers"] == 48 and result.whole["disk_bytes"] > 2 * 131072 * 64 * 4
+    # The layer's bytes by hand: attention, norms, router, experts.
+    assert result.layer_bytes == 4 * (64 * 64 * 2 + 64 * 32 * 2 + 2 * 64 + 2 * 16 + 8 * 64 + 8 * 3 * 64 * 32)
+    assert result.layer_bytes == result.memory[0].facts["layer_bytes"]
+    judged = replace(result, judged=True, ratios={name: replace(r, value=0.5) for name, r in result.ratios.items()})
+    assert judged.missed() == [
+        "qwen3-30b-a3b: speed 0.500, the bar is at least 0.8",
+        "qwen3-30b-a3b: observer 0.500, the bar is at least 2.0",
+    ]
+    assert isinstance(result.memory[0], Memory)
+    with pytest.raises(GgufToolError, match="two depths, the smaller one first"):
+        measure("qwen3-30b-a3b", replace(QUICK, layers=(3, 2)), tmp_path, quick=True)
+    with pytest.raises(GgufToolError, match="no model 'gpt5'"):
+        measure("gpt5", QUICK, tmp_path, quick=True)
