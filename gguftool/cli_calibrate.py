@@ -16,6 +16,7 @@ from .cli_options import (
     output_options,
     windows_option,
 )
+from .sources import Source, files
 
 
 @click.command()
@@ -33,7 +34,7 @@ from .cli_options import (
 @force_option
 @output_options
 def calibrate(
-    model: Path, data: tuple[Path, ...], out: Path, obs: bool | None, n_ctx: int, windows: int | None, device: str,
+    model: Path, data: tuple[Source, ...], out: Path, obs: bool | None, n_ctx: int, windows: int | None, device: str,
     force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
@@ -42,14 +43,14 @@ def calibrate(
     """
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
-    from .corpus import load_domain
+    from .corpus import load_domains
     from .gguf_file import check_output
 
-    check_output(out, force, *data)
+    check_output(out, force, *files(data))
     terminal = make_terminal(as_json, quiet)
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    domains = load_domains(data, tokenizer, n_ctx, windows)
     with terminal.progress() as progress:
         scratch = out.with_name(out.name + ".work")
         stats = run(checkpoint, domains, scratch, device=device, obs=obs, progress=progress, out=out)

@@ -21,6 +21,7 @@ from .cli_options import (
     recipe_options,
     windows_option,
 )
+from .sources import Source
 
 
 @click.command()
@@ -46,7 +47,7 @@ from .cli_options import (
 @backend_option
 @output_options
 def compress(
-    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
+    model: Path, data: tuple[Source, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
     n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, backend: str,
     as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip

@@ -16,6 +16,7 @@ from .cli_options import (
     output_options,
     windows_option,
 )
+from .sources import Source, files
 
 
 @click.command()
@@ -35,7 +36,7 @@ from .cli_options import (
 @force_option
 @output_options
 def refit(
-    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
+    model: Path, plan_path: Path, data: tuple[Source, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
     device: str, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
@@ -43,21 +44,21 @@ def refit(
     After a drop of whole experts it takes back how much the weights of a router without renormalisation grow.
     """
     from .checkpoint import open_checkpoint
-    from .corpus import load_domain
+    from .corpus import load_domains
     from .gguf_file import check_output
     from .methods import method
     from .plan import PrunePlan
     from .refit import refit as plainly
     from .sequential import refit_sequentially
 
-    check_output(out, force, plan_path, *data)
+    check_output(out, force, plan_path, *files(data))
     terminal = make_terminal(as_json, quiet)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
     routed = all(len(layer.router) == plan.n_expert for layer in plan.layers)
     how = how or (method(plan.recipe.method).refitted if routed else "plain")
     run = refit_sequentially if how == "sequential" else plainly
     tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    domains = load_domains(data, tokenizer, n_ctx, windows)
     with terminal.progress() as progress:
         made = run(checkpoint, plan, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
     count = len(made)

@@ -18,9 +18,10 @@ import numpy as np
 
 from . import __version__, encoding
 from .calibrate import OBS_BYTES, calibrate, obs_bytes
+from .chat import template_of_gguf
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
-from .corpus import Tokenizer, load_domain, read_text
+from .corpus import Tokenizer, load_domain, load_domains, read_scored
 from .dern import dern, drops_experts
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
@@ -38,6 +39,7 @@ from .refit import refit as refit_weights
 from .report import Report, Row
 from .runtime import Runtime
 from .sequential import refit_sequentially
+from .sources import Source
 from .stats import CalibrationStats, Domain
 from .writer import prune
 
@@ -95,13 +97,13 @@ class Job:
 
     Attributes:
         calibration, evaluation: texts; the name of an evaluation text is its file's stem.
-        windows: at most so many windows of a calibration text; None takes all.
+        windows: at most so many windows of a calibration text, times its weight; None takes all.
         eval_windows: the same of an evaluation text.
         seed: above 0, draw the windows of a calibration text instead of taking the first ones.
     """
 
     model: Path
-    calibration: Sequence[Path]
+    calibration: Sequence[Source | Path]
     evaluation: Sequence[Path]
     runtime: Runtime
     llama: ModuleType
@@ -128,7 +130,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
     checkpoint = open_checkpoint(job.model)
     tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, job.n_ctx, job.windows, job.seed) for path in job.calibration]
+    domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
     _check_evaluation(job, tokenizer)
     blank = CalibrationStats.blank(model_facts(checkpoint), len(domains), obs=obs_bytes(checkpoint) <= OBS_BYTES)
     for recipe in recipes:
@@ -141,7 +143,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
             checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
         ),
     )
-    texts = [asdict(domain) for domain, _ in domains]
+    texts = [domain.as_dict() for domain, _ in domains]
     windows = [hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest() for _, tokens in domains]
 
     def measure(path: Path) -> None:
@@ -285,11 +287,11 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     """Perplexity and KL divergence of every model against the base, on every evaluation text."""
     found: dict[str, list[Comparison]] = {}
     for path in job.evaluation:
-        text = read_text(path)
+        text, special = read_scored(path, lambda: template_of_gguf(base))
         job.progress(0, 1, f"evaluating {len(built)} models on {path.name}")
         found[path.stem] = compare_many(
             base, [item.path for item in built], text, llama=job.llama, n_ctx=job.n_ctx,
-            max_windows=job.eval_windows, backend=job.runtime.backend, progress=job.progress,
+            max_windows=job.eval_windows, backend=job.runtime.backend, progress=job.progress, parse_special=special,
             n_gpu_layers=0 if job.runtime.backend == "cpu" else 999,
         )  # fmt: skip
     first = {name: results[0].as_dict() for name, results in found.items()}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def refit_sequentially(
         for layer in plan.layers
         for name in run.pruned.names(layer.index)
     }
-    origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains), ("sequential refit",))
+    origin = Origin("refit", plan.kept_hash, tuple(domain.as_dict() for domain, _ in domains), ("sequential refit",))
     return Overrides(origin, places, run.remove)
 
 
