@@ -53,10 +53,13 @@ class Source:
         """What reports call it: a file's name, or the dataset's with its part."""
         if not self.hub:
             return Path(self.place).name
-        return f"{self.place}{f'/{self.config}' if self.config else ''}:{self.split}"
+        return self._part_of(Path(self.place).name if Path(self.place).is_dir() else self.place)
 
     def __str__(self) -> str:
-        return f"{HUB}{self.name}" if self.hub else self.place
+        return HUB + self._part_of(self.place) if self.hub else self.place
+
+    def _part_of(self, dataset: str) -> str:
+        return f"{dataset}{f'/{self.config}' if self.config else ''}:{self.split}"
 
     def share(self, windows: int) -> int:
         """How many windows `--windows` allows it: that many times its weight, rounded; halves go up."""
@@ -99,12 +102,13 @@ def parse_source(text: str) -> Source:
 
 def _parse_hub(text: str, weight: float) -> Source:
     place, parts = _split(text, 3)
-    if not Path(place).is_dir() and not _HUB_NAME.fullmatch(place):
+    is_folder = bool(place) and Path(place).is_dir()
+    if not is_folder and not _HUB_NAME.fullmatch(place):
         raise GgufToolError(f"--data {HUB}{text}: write hf:OWNER/NAME[/CONFIG][:SPLIT[:FIELD]][:LIMIT]")
     split = parts.pop(0) if parts and not parts[0].isdigit() else ""
     field, limit = _field_and_limit(HUB + text, parts)
     config = None
-    if not Path(place).is_dir() and place.count("/") == 2:
+    if not is_folder and place.count("/") == 2:
         place, _, config = place.rpartition("/")
     return Source(place, field, limit, weight, True, config, split or "train")
 
@@ -114,8 +118,9 @@ def _split(text: str, most: int) -> tuple[str, list[str]]:
     pieces = text.split(":")
     cuts = range(max(1, len(pieces) - most), len(pieces) + 1)
     for cut in reversed(cuts):
-        if Path(":".join(pieces[:cut])).exists():
-            return ":".join(pieces[:cut]), pieces[cut:]
+        place = ":".join(pieces[:cut])
+        if place and Path(place).exists():
+            return place, pieces[cut:]
     # Nothing is there: what is said of it names what is most likely the file.
     cut = len(pieces)
     while cut > max(1, len(pieces) - most) and _is_part(pieces, cut - 1):
