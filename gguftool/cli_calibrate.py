@@ -17,6 +17,7 @@ from .cli_options import (
     output_options,
     windows_option,
 )
+from .sources import Source, files
 
 
 @click.command()
@@ -37,7 +38,7 @@ from .cli_options import (
 @force_option
 @output_options
 def calibrate(
-    model: Path, data: tuple[Path, ...], out: Path, obs: bool, n_ctx: int, windows: int | None, part: str | None,
+    model: Path, data: tuple[Source, ...], out: Path, obs: bool, n_ctx: int, windows: int | None, part: str | None,
     device: str, dtype: str, memory: str | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
@@ -47,7 +48,7 @@ def calibrate(
     """
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
-    from .corpus import load_domain
+    from .corpus import load_domains
     from .gguf_file import check_output
     from .loader import usable_device
     from .memory import parse_bytes, parse_dtype, plan_memory
@@ -63,13 +64,13 @@ def calibrate(
         with ranks.together():
             if not silent:
                 clear_leftovers(scratch, out)
-            check_output(out, force, *data)
+            check_output(out, force, *files(data))
             chosen = parse_part(part) if part is not None else None
             limit, kind = parse_bytes(memory) if memory is not None else None, parse_dtype(dtype)
             usable_device(own_device(device))
             checkpoint = open_checkpoint(model)
             tokenizer = checkpoint.tokenizer()
-            domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+            domains = load_domains(data, tokenizer, n_ctx, windows)
             if chosen is not None:
                 domains = part_of(domains, *chosen)
             count = sum(-(-len(tokens) // ranks.count) for _, tokens in domains)

@@ -22,6 +22,7 @@ from .cli_options import (
     recipe_options,
     windows_option,
 )
+from .sources import Source
 
 
 @click.command()
@@ -48,7 +49,7 @@ from .cli_options import (
 @backend_option
 @output_options
 def compress(
-    model: Path, data: tuple[Path, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
+    model: Path, data: tuple[Source, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
     n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, dtype: str,
     memory: str | None, backend: str, as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip

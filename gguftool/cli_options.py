@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .recipe import SCHEDULE_NAMES
+from .sources import Source, parse_source
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
     from .terminal import Terminal
 
 FILE = click.Path(path_type=Path)
+
+
+class SourceType(click.ParamType):
+    """A calibration text as `sources.parse_source` reads it."""
+
+    name = "source"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:
+        return value if isinstance(value, Source) else parse_source(value)
+
+
+SOURCE = SourceType()
 BACKEND_NAMES = ("auto", "cpu", "cuda", "metal", "vulkan")
 Command = Callable[..., None]
 
@@ -47,6 +60,14 @@ pre_tokenizer_option = click.option(
     metavar="NAME",
     help="llama.cpp's name of the pre-tokenizer, for a vocabulary that it does not know.",
 )
+SOURCE_GRAMMAR = "SOURCE[:FIELD][:LIMIT][@WEIGHT]"
+SOURCE_HELP = (
+    "SOURCE is a text, a .jsonl or a .json array of documents (all of them also .gz), or hf:OWNER/NAME[/CONFIG][:SPLIT], a "
+    "dataset of the Hugging Face hub. FIELD is what is read of a document: a string, or a conversation (messages with role "
+    "and content, or from and value), which the model's chat template renders; by default text, messages or conversations, "
+    "the first that is there. LIMIT is the most documents, from the start. Where a file's own name has a : or @, the longest "
+    "name that exists wins."
+)
 n_ctx_option = click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, cuda:1 or mps."
@@ -61,10 +82,12 @@ memory_options = combined(
         help="Stay below so much memory, as 12GiB or 800MiB; picks how many windows run at once and what lies on disk.",
     ),
 )  # fmt: skip
-windows_option = click.option("--windows", type=int, help="Use at most so many windows of each calibration text.")
+windows_option = click.option(
+    "--windows", type=int, help="Use at most so many windows of each calibration text, times its weight."
+)
 data_option = click.option(
-    "--data", "data", type=FILE, multiple=True, required=True,
-    help="Calibration text: .txt, or .jsonl with a field text. Give it once for each domain.",
+    "--data", "data", type=SOURCE, multiple=True, required=True, metavar=SOURCE_GRAMMAR,
+    help=f"Calibration text, once for each domain. {SOURCE_HELP} WEIGHT takes so many times --windows of it.",
 )  # fmt: skip
 
 

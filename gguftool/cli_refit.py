@@ -17,6 +17,7 @@ from .cli_options import (
     output_options,
     windows_option,
 )
+from .sources import Source, files
 
 
 @click.command()
@@ -37,7 +38,7 @@ from .cli_options import (
 @force_option
 @output_options
 def refit(
-    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
+    model: Path, plan_path: Path, data: tuple[Source, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
     device: str, dtype: str, memory: str | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
@@ -45,7 +46,7 @@ def refit(
     After a drop of whole experts it takes back how much the weights of a router without renormalisation grow.
     """
     from .checkpoint import open_checkpoint
-    from .corpus import load_domain
+    from .corpus import load_domains
     from .gguf_file import check_output
     from .loader import usable_device
     from .memory import parse_bytes, parse_dtype
@@ -58,7 +59,7 @@ def refit(
 
     scratch = out.with_name(out.name + ".work")
     clear_leftovers(scratch, out)
-    check_output(out, force, plan_path, *data)
+    check_output(out, force, plan_path, *files(data))
     terminal = make_terminal(as_json, quiet)
     limit, kind = parse_bytes(memory) if memory is not None else None, parse_dtype(dtype)
     usable_device(device, solves=True)
@@ -67,7 +68,7 @@ def refit(
     kind_of_refit = how or (method(plan.recipe.method).refitted if routed else "plain")
     run = refit_sequentially if kind_of_refit == "sequential" else plainly
     tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    domains = load_domains(data, tokenizer, n_ctx, windows)
     needs = refit_memory(checkpoint, plan, domains, kind, limit, device=device, sequential=run is refit_sequentially)
     if memory is not None:
         terminal.say(str(needs))

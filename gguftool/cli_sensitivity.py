@@ -7,13 +7,26 @@ from pathlib import Path
 
 import click
 
-from .cli_options import FILE, backend_option, force_option, make_terminal, n_ctx_option, output_options
+from .cli_options import (
+    FILE,
+    SOURCE,
+    SOURCE_HELP,
+    backend_option,
+    force_option,
+    make_terminal,
+    n_ctx_option,
+    output_options,
+)
+from .errors import GgufToolError
+from .sources import Source, files
 
 
 @click.command()
 @click.argument("base", type=FILE)
 @click.option("--stats", "stats_path", type=FILE, required=True, help="Stats of the model.")
-@click.option("--data", type=FILE, required=True, help="Text to measure on.")
+@click.option(
+    "--data", type=SOURCE, required=True, metavar="SOURCE[:FIELD][:LIMIT]", help=f"Text to measure on. {SOURCE_HELP}"
+)
 @click.option("--ratio", default=0.4, show_default=True, help="Share that goes of the one layer's experts.")
 @click.option(
     "--criterion", default="gated-second-moment", show_default=True, help="Neuron criterion that the plans will go by."
@@ -28,7 +41,7 @@ from .cli_options import FILE, backend_option, force_option, make_terminal, n_ct
 @force_option
 @output_options
 def sensitivity(
-    base: Path, stats_path: Path, data: Path, ratio: float, criterion: str, align: int | None, max_tiers: int,
+    base: Path, stats_path: Path, data: Source, ratio: float, criterion: str, align: int | None, max_tiers: int,
     windows: int | None, at_once: int, out: Path, n_ctx: int, backend: str, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure what pruning each layer alone costs, for plans that weigh layers by it.
@@ -37,7 +50,8 @@ def sensitivity(
     Stopped, it goes on where it was when it is started again with the same arguments.
     """
     from . import runtime
-    from .corpus import read_text
+    from .chat import template_of_gguf
+    from .corpus import read_scored
     from .gguf_file import GgufFile, check_output
     from .probe import Probe, measure_layers
     from .recipe import Recipe
@@ -45,9 +59,14 @@ def sensitivity(
     from .sensitivity import conditions
     from .stats import CalibrationStats
 
-    check_output(out, force, base, stats_path, data)
+    check_output(out, force, base, stats_path, *files([data]))
+    if data.weight != 1:
+        raise GgufToolError(
+            f"--data {data}: there is one text to measure on, and a weight (@{data.weight:g}) means nothing"
+        )
     terminal = make_terminal(as_json, quiet)
-    stats, text = CalibrationStats.load(stats_path), read_text(data)
+    stats = CalibrationStats.load(stats_path)
+    text, special = read_scored(data, lambda: template_of_gguf(base))
     size = GgufFile(base).path.stat().st_size
     found = runtime.require(backend)
     where = conditions(
@@ -55,7 +74,7 @@ def sensitivity(
         text=data.name, text_sha256=hashlib.sha256(text.encode()).hexdigest(), n_ctx=n_ctx, windows=windows,
         backend=found.backend,
     )  # fmt: skip
-    how = Probe(base, text, runtime.load(found), found.n_gpu_layers, found.ggml, at_once)
+    how = Probe(base, text, runtime.load(found), found.n_gpu_layers, found.ggml, at_once, special)
     with terminal.progress() as progress:
         made = measure_layers(how, stats, where, out, say=terminal.say, progress=progress)
     rows = [

@@ -17,6 +17,7 @@ from .cli_options import (
     pre_tokenizer_option,
     windows_option,
 )
+from .sources import Source
 
 
 @click.command()
@@ -80,7 +81,7 @@ from .cli_options import (
 @backend_option
 @output_options
 def sweep(
-    model: Path, out: Path, data: tuple[Path, ...], evaluation: tuple[str, ...], methods: tuple[str, ...],
+    model: Path, out: Path, data: tuple[Source, ...], evaluation: tuple[str, ...], methods: tuple[str, ...],
     ratios: tuple[float, ...], quants: tuple[str, ...], unpruned: tuple[str, ...], seeds: int, n_ctx: int,
     windows: int | None, eval_windows: int | None, keep_files: bool, pre_tokenizer: str | None, device: str, backend: str,
     as_json: bool, quiet: bool,

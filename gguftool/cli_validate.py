@@ -26,7 +26,7 @@ def _backend_list(_context: click.Context, _option: click.Parameter, value: str)
 @click.command()
 @click.argument("base", type=FILE)
 @click.argument("pruned", type=FILE)
-@click.option("--data", type=FILE, required=True, help="Text to measure on.")
+@click.option("--data", type=FILE, required=True, help="Text to measure on; .jsonl: documents.")
 @click.option("--windows", type=int, help="Use at most so many windows.")
 @n_ctx_option
 @click.option(
@@ -52,17 +52,18 @@ def validate(
     if len(backends) > 1:
         _validate_on(backends, base, pruned, data, windows, n_ctx, terminal)
         return
-    from .corpus import read_text
+    from .chat import template_of_gguf
+    from .corpus import read_scored
     from .evaluate import compare
     from .report import comparison_table
     from .runtime import load_for
 
-    text = read_text(data)
+    text, special = read_scored(data, lambda: template_of_gguf(base))
     llama, layers, name = load_for(backends[0], base, pruned)
     with terminal.progress() as progress:
         found = compare(
             base, pruned, text, llama=llama, n_ctx=n_ctx, max_windows=windows, n_gpu_layers=layers, backend=name,
-            progress=progress,
+            progress=progress, parse_special=special,
         ).as_dict()  # fmt: skip
     terminal.show(found, comparison_table(found))
 

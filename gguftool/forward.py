@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -307,7 +307,7 @@ def identity(
     """What a stopped run has to share with a new one, for the new one to go on from it."""
     return {
         "model": checkpoint.fingerprint,
-        "domains": [asdict(domain) for domain, _ in domains],
+        "domains": [domain.as_dict() for domain, _ in domains],
         "windows": [hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest() for _, windows in domains],
         "n_ctx": int(domains[0][1].shape[1]),
         "dtype": str(dtype),

@@ -43,6 +43,7 @@ class Protocol:
         bos: whether a BOS stood at the start of each window.
         backend: the devices that llama.cpp used, `CPU` where there were none.
         text_sha256: of the text's UTF-8 bytes.
+        parse_special: whether special tokens that the text spells out were taken as such.
     """
 
     n_ctx: int
@@ -51,6 +52,7 @@ class Protocol:
     bos: bool
     backend: str
     text_sha256: str
+    parse_special: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,6 +82,7 @@ class Options(TypedDict, total=False):
     backend: str | None
     n_ubatch: int
     devices: Sequence[int] | None
+    parse_special: bool
 
 
 def measure(
@@ -147,6 +150,7 @@ class Session:
     backend: str | None
     n_ubatch: int
     devices: Sequence[int] | None
+    parse_special: bool = False
 
     @property
     def first_scored(self) -> int:
@@ -164,6 +168,7 @@ def open_session(
     backend: str | None = None,
     n_ubatch: int = 512,
     devices: Sequence[int] | None = None,
+    parse_special: bool = False,
 ) -> Iterator[Session]:
     """A session whose log is collected, where it would go to stderr; afterwards it goes where it went before.
 
@@ -175,6 +180,8 @@ def open_session(
         backend: what the protocol is to call the backend; by default, the devices that llama.cpp reports.
         n_ubatch: tokens that are computed at once; 1 takes the way of generation.
         devices: ggml's handles of the GPUs to use: none where it is empty, by default all.
+        parse_special: special tokens that a text spells out become special tokens, which llama-perplexity leaves them not;
+            for conversations, whose chat template has written them.
 
     Raises GgufToolError for a context in which nothing is scored.
     """
@@ -187,7 +194,9 @@ def open_session(
     llama.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         llama.llama_backend_init()
-        yield Session(llama, log, n_ctx, threads or _usable_cpus(), n_gpu_layers, backend, n_ubatch, devices)
+        yield Session(
+            llama, log, n_ctx, threads or _usable_cpus(), n_gpu_layers, backend, n_ubatch, devices, parse_special
+        )
     finally:
         llama.llama_log_set(before, data)
 
@@ -295,7 +304,7 @@ class LoadedModel:
         data = text.removesuffix("\n").encode("utf-8")
         room = len(data) + 16
         tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self._vocab, data, len(data), tokens, room, True, False)
+        count = llama.llama_tokenize(self._vocab, data, len(data), tokens, room, True, self._session.parse_special)
         if count < 0:
             raise GgufToolError(f"{self._path}: llama.cpp could not tokenize the text ({count})")
         return np.ctypeslib.as_array(tokens)[:count].astype(np.int32)
@@ -329,6 +338,7 @@ class LoadedModel:
             bos=self.bos is not None,
             backend=session.backend or session.log.backend(),
             text_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
+            parse_special=session.parse_special,
         )
 
     def check_same_vocabulary(self, other: LoadedModel) -> None:

@@ -18,9 +18,10 @@ import numpy as np
 
 from . import __version__, encoding
 from .calibrate import calibrate
+from .chat import template_of_gguf
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
-from .corpus import Tokenizer, load_domain, read_text
+from .corpus import Tokenizer, load_domain, load_domains, read_scored
 from .dern import dern, drops_experts
 from .durable import flush, settle
 from .errors import GgufToolError
@@ -41,6 +42,7 @@ from .refit import refit as refit_weights
 from .report import Report, Row
 from .runtime import Runtime
 from .sequential import refit_sequentially
+from .sources import Source
 from .stats import CalibrationStats, Domain
 from .writer import prune
 
@@ -99,14 +101,14 @@ class Job:
 
     Attributes:
         calibration, evaluation: texts; the name of an evaluation text is its file's stem.
-        windows: at most so many windows of a calibration text; None takes all.
+        windows: at most so many windows of a calibration text, times its weight; None takes all.
         eval_windows: the same of an evaluation text.
         seed: above 0, draw the windows of a calibration text instead of taking the first ones.
         dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them.
     """
 
     model: Path
-    calibration: Sequence[Path]
+    calibration: Sequence[Source | Path]
     evaluation: Sequence[Path]
     runtime: Runtime
     llama: ModuleType
@@ -140,7 +142,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
     checkpoint = open_checkpoint(job.model)
     tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, job.n_ctx, job.windows, job.seed) for path in job.calibration]
+    domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
     _check_evaluation(job, tokenizer)
     usable_device(job.device, solves=any(method(recipe.method).refitted for recipe in recipes))
     count = sum(len(tokens) for _, tokens in domains)
@@ -160,7 +162,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
             checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
         ),
     )
-    texts = [asdict(domain) for domain, _ in domains]
+    texts = [domain.as_dict() for domain, _ in domains]
     windows = [hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest() for _, tokens in domains]
 
     def measure(path: Path) -> None:
@@ -308,11 +310,11 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     """Perplexity and KL divergence of every model against the base, on every evaluation text."""
     found: dict[str, list[Comparison]] = {}
     for path in job.evaluation:
-        text = read_text(path)
+        text, special = read_scored(path, lambda: template_of_gguf(base))
         job.progress(0, 1, f"evaluating {len(built)} models on {path.name}")
         found[path.stem] = compare_many(
             base, [item.path for item in built], text, llama=job.llama, n_ctx=job.n_ctx,
-            max_windows=job.eval_windows, backend=job.runtime.backend, progress=job.progress,
+            max_windows=job.eval_windows, backend=job.runtime.backend, progress=job.progress, parse_special=special,
             n_gpu_layers=0 if job.runtime.backend == "cpu" else 999,
         )  # fmt: skip
     first = {name: results[0].as_dict() for name, results in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def _unrouted(stats: CalibrationStats) -> list[str]:
 
 def fingerprint(stats: CalibrationStats) -> str:
     """sha256 over the model, the texts and every accumulator of the stats."""
-    digest = hashlib.sha256(json.dumps([asdict(domain) for domain in stats.domains]).encode())
+    digest = hashlib.sha256(json.dumps([domain.as_dict() for domain in stats.domains]).encode())
     digest.update(json.dumps([stats.model.fingerprint, stats.n_ctx, stats.linear_tokens]).encode())
     # By name: a file gives its arrays back in another order than they were measured in.
     others = {"expert_inputs": stats.expert_inputs}

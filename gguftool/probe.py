@@ -30,6 +30,7 @@ class Probe:
         base: the unpruned GGUF. text: what to measure on; `conditions` has its sha256.
         llama: the llama_cpp module of a patched runtime. n_gpu_layers: layers that go to a GPU.
         ggml: its library of ggml, for a base of quantized tensors.
+        parse_special: as `perplexity.open_session` has it.
         at_once: most pruned files that exist at a time. The base runs once for each such group, or more often where
             memory is short.
     """
@@ -40,6 +41,7 @@ class Probe:
     n_gpu_layers: int = 0
     ggml: Path | None = None
     at_once: int = 4
+    parse_special: bool = False
 
 
 def measure_layers(
@@ -123,7 +125,7 @@ def _measure_group(
             prune(how.base, plan, paths[-1], ggml=how.ggml, progress=_named(progress, f"layer {layer}"))
         results = compare_many(
             how.base, paths, how.text, llama=how.llama, max_windows=conditions.windows, n_ctx=conditions.n_ctx,
-            n_gpu_layers=how.n_gpu_layers, backend=conditions.backend,
+            n_gpu_layers=how.n_gpu_layers, backend=conditions.backend, parse_special=how.parse_special,
             progress=_named(progress, f"layers {', '.join(map(str, group))}"),
         )  # fmt: skip
     return tuple(

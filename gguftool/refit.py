@@ -14,7 +14,6 @@ these grow, by one number an expert (see `router_fix`); whole experts get new do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -91,7 +90,7 @@ def refit(
         for layer in narrowed
         for name in work.names(layer)
     }
-    origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains))
+    origin = Origin("refit", plan.kept_hash, tuple(domain.as_dict() for domain, _ in domains))
     return Overrides(origin, places, work.remove, work_dir)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +87,7 @@ def refit_sequentially(
         for layer in plan.layers
         for name in run.pruned.names(layer.index)
     }
-    origin = Origin("refit", plan.kept_hash, tuple(asdict(domain) for domain, _ in domains), ("sequential refit",))
+    origin = Origin("refit", plan.kept_hash, tuple(domain.as_dict() for domain, _ in domains), ("sequential refit",))
     return Overrides(origin, places, run.remove, work_dir)
 
 

@@ -56,13 +56,25 @@ SOLVED = {"obs": "cost of neuron k at the moment when it goes, the others refitt
 class Domain:
     """One calibration text: its file name, the sha256 of its bytes, and how many of its tokens were used.
 
-    `windows` holds the numbers of the windows that were drawn from the text; None stands for the first ones.
+    `windows` holds the numbers of the windows that were drawn from the text; None stands for the first ones. The rest
+    says what was read of the bytes, None being the plain case: `field` of its documents (None: text, or all of the file),
+    `template`, sha256 of the chat template that rendered them, `limit`, the most documents that were read, and `weight`,
+    by which the number of windows was multiplied (None: 1). The sha256 of a dataset is that of the documents read.
     """
 
     name: str
     sha256: str
     tokens: int
     windows: tuple[int, ...] | None = None
+    field: str | None = None
+    template: str | None = None
+    limit: int | None = None
+    weight: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values. The plain case is left out, so that files and fingerprints of older versions stay what they are."""
+        facts = asdict(self)
+        return {name: value for name, value in facts.items() if value is not None or name == "windows"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,7 @@ class CalibrationStats:
             "format": FORMAT,
             "version": VERSION,
             "model": asdict(self.model),
-            "domains": [asdict(domain) for domain in self.domains],
+            "domains": [domain.as_dict() for domain in self.domains],
             "n_ctx": self.n_ctx,
             "linear_tokens": self.linear_tokens,
         }

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, encoding
+from .chat import template_of_gguf
 from .checkpoint import open_checkpoint
-from .corpus import load_domain, read_text
+from .corpus import load_domains, read_scored
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many, pool
 from .gguf_file import GgufFile
@@ -129,9 +130,7 @@ def check(job: Job, grid: Grid) -> None:
     for variant, ratio, target in _combinations(grid):
         variant.check(make_plan(blank, variant.recipe(ratio, target, 0)), blank.model.norm_topk)
     if grid.seeds > 1:
-        tokenizer = checkpoint.tokenizer()
-        for path in job.calibration:
-            load_domain(path, tokenizer, job.n_ctx, job.windows, seed=1)
+        load_domains(job.calibration, checkpoint.tokenizer(), job.n_ctx, job.windows, seed=1)
 
 
 def _combinations(grid: Grid) -> list[tuple[Variant, float, str | None]]:
@@ -209,7 +208,7 @@ class _Bench:
         }
         self._groups = {
             name: {
-                "texts": [hashlib.sha256(read_text(path).encode()).hexdigest() for path in paths],
+                "texts": [hashlib.sha256(self._text(path)[0].encode()).hexdigest() for path in paths],
                 "n_ctx": job.n_ctx,
                 "windows": job.eval_windows,
                 "backend": job.runtime.backend,
@@ -342,10 +341,15 @@ class _Bench:
     def _compare(self, files: Sequence[Path], group: str, text: Path) -> list[Comparison]:
         job, backend = self.job, self.job.runtime.backend
         job.progress(0, 1, f"measuring {len(files)} models on {group}: {text.name}")
+        content, special = self._text(text)
         return compare_many(
-            self.source.base, files, read_text(text), llama=job.llama, n_ctx=job.n_ctx, max_windows=job.eval_windows,
+            self.source.base, files, content, llama=job.llama, n_ctx=job.n_ctx, max_windows=job.eval_windows,
             backend=backend, progress=job.progress, n_gpu_layers=job.runtime.n_gpu_layers,
+            parse_special=special,
         )  # fmt: skip
+
+    def _text(self, path: Path) -> tuple[str, bool]:
+        return read_scored(path, lambda: template_of_gguf(self.source.base))
 
     def _row_key(self, candidate: Candidate, group: str) -> dict[str, Any]:
         return {"model": candidate.key, "group": self._groups[group]}
