@@ -132,13 +132,13 @@ def _near(one: Mapping[str, Array], other: Mapping[str, Array], name: str) -> bo
 def _merge_domains(stats: Sequence[CalibrationStats]) -> tuple[list[Domain], list[list[int]]]:
     """The domains of all files, and for each file where each of its domains goes."""
     domains: list[Domain] = []
-    covered: dict[str, dict[int, int]] = {}
+    covered: dict[tuple[str, str | None, str | None], dict[int, int]] = {}
     places: list[list[int]] = []
     for number, one in enumerate(stats, start=1):
         places.append([])
         for domain in one.domains:
             mine = window_numbers(domain, one.n_ctx)
-            seen = covered.setdefault(domain.sha256, {})
+            seen = covered.setdefault((domain.sha256, domain.field, domain.template), {})
             twice = sorted(set(mine) & seen.keys())
             if twice:
                 raise GgufToolError(
