@@ -20,6 +20,7 @@ from . import (
     cli_refit,
     cli_runtime,
     cli_sensitivity,
+    cli_stats,
     cli_sweep,
     cli_validate,
 )
@@ -73,7 +74,7 @@ def cli() -> None:
 
 for _command in (
     cli_compress.compress, cli_compress.demo,
-    cli_gguf.convert, cli_calibrate.calibrate, cli_plan.methods, cli_plan.plan, cli_refit.refit, cli_refit.dern,
+    cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.methods, cli_plan.plan, cli_refit.refit, cli_refit.dern,
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,
     cli_sensitivity.sensitivity, cli_sweep.sweep,
     cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench,

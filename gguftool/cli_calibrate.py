@@ -44,6 +44,7 @@ def calibrate(
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
+    from .coverage import coverage
     from .gguf_file import check_output
 
     check_output(out, force, *files(data))
@@ -55,8 +56,10 @@ def calibrate(
         scratch = out.with_name(out.name + ".work")
         stats = run(checkpoint, domains, scratch, device=device, obs=obs, progress=progress, out=out)
     facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
+    seen = coverage(stats)
     unrouted = int((stats.expert("count") == 0).sum())
     terminal.show(
-        facts | {"unrouted_experts": unrouted},
+        facts | {"unrouted_experts": unrouted, "coverage": seen.as_dict()},
         f"{out}: {stats.tokens} tokens, {len(stats.model.moe_layers)} layers, {unrouted} experts never routed",
+        *(f"note: {note}" for note in seen.notes()),
     )
