@@ -49,6 +49,7 @@ def calibrate(
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
+    from .coverage import coverage
     from .gguf_file import check_output
     from .loader import usable_device
     from .memory import parse_bytes, parse_dtype, plan_memory
@@ -93,8 +94,10 @@ def calibrate(
     if silent:
         return
     facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
+    seen = coverage(stats)
     unrouted = int((stats.expert("count") == 0).sum())
     terminal.show(
-        facts | {"unrouted_experts": unrouted},
+        facts | {"unrouted_experts": unrouted, "coverage": seen.as_dict()},
         f"{out}: {stats.tokens} tokens, {len(stats.model.moe_layers)} layers, {unrouted} experts never routed",
+        *(f"note: {note}" for note in seen.notes()),
     )

@@ -22,6 +22,7 @@ from .chat import template_of_gguf
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, load_domains, read_scored
+from .coverage import coverage
 from .dern import dern, drops_experts
 from .durable import flush, settle
 from .errors import GgufToolError
@@ -350,7 +351,7 @@ def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") 
     built = build(job, work, source, recipe, refit=refit)
     rivals = [quantize_base(job, work, source, target)] if target and target not in encoding.FLOATS else []
     assert built.plan is not None
-    notes = [built.plan.formula, *built.plan.notes, *built.notes]
+    notes = [built.plan.formula, *built.plan.notes, *built.notes, *coverage(source.stats).notes()]
     report = judge(job, source.base, [built, *rivals], source.stats.model.name, notes)
     report.save(out)
     return report

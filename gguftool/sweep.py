@@ -25,6 +25,7 @@ from . import __version__, encoding
 from .chat import template_of_gguf
 from .checkpoint import open_checkpoint
 from .corpus import load_domains, read_scored
+from .coverage import coverage
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many, pool
 from .gguf_file import GgufFile
@@ -390,6 +391,7 @@ def _report(job: Job, grid: Grid, source: Prepared, runs: Mapping[Name, Sequence
         "unpruned files are quantized with the imatrix of the same calibration, as pruned ones are",
         "win and loss: by more than two standard errors of the difference to the unpruned files' line of log KL over size",
     ]
+    notes += coverage(source.stats).notes()
     if grid.seeds > 1:
         notes.append(
             f"means over {grid.seeds} calibrations, on the first windows of each text and on samples of it; 'seeds' is "

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import gguf
 import pytest
+from click.testing import CliRunner
 
 from gguftool.chat import FIXED_DAY, ChatTemplate, conversation, template_of, template_of_gguf
+from gguftool.cli import cli
 from gguftool.corpus import load_domain, load_domains, read_scored, read_text
 from gguftool.documents import Reading
 from gguftool.errors import GgufToolError
 from gguftool.sources import Source, parse_source
-from models import tiny_tokenizer
+from models import sample_text, tiny_checkpoint, tiny_tokenizer
 from test_corpus import Letters, spelled, write
 
 TEMPLATE = (
@@ -287,3 +289,29 @@ def test_weights_multiply_windows(tmp_path):
         counts(f"{a}@2", b, windows=None)
     with pytest.raises(GgufToolError, match="at least 1"):
         counts(a, windows=0)
+
+
+def test_calibrate_takes_conversations_with_limit_and_weight(tmp_path):
+    """The command: what the texts were is in the stats, few tokens are said with their numbers."""
+    model = tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    words = sample_text(4000).split("\n")
+    chats = jsonl(tmp_path / "chat.jsonl", *({"messages": say(("user", text), ("assistant", text))} for text in words))
+    text = write(tmp_path / "plain.txt", sample_text(2000, seed=1))
+    out = tmp_path / "s.safetensors"
+    arguments = ["calibrate", str(model), "--data", f"{chats}:messages:300@2", "--data", str(text), "--windows", "3",
+                 "--ctx", "32", "-o", str(out), "--quiet"]  # fmt: skip
+    run = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
+    facts = json.loads(run.stdout)
+    assert facts["tokens"] == 9 * 32 and facts["coverage"]["full"] == 2 * 32
+    domains = json.loads(CliRunner().invoke(cli, ["stats", "show", str(out), "--json"]).stdout)["domains"]
+    assert [domain["tokens"] for domain in domains] == [6 * 32, 3 * 32]
+    assert (domains[0]["field"], domains[0]["limit"], domains[0]["weight"]) == ("messages", 300, 2.0)
+    assert domains[0]["template"] == hashlib.sha256(TEMPLATE.encode()).hexdigest() and "template" not in domains[1]
+    again = CliRunner().invoke(cli, [*arguments, "--force"], catch_exceptions=False)
+    poor = any(layer["noisy"] for layer in facts["coverage"]["layers"])
+    assert poor and "note: few tokens" in again.stdout
+    with pytest.raises(GgufToolError, match="is an input"):
+        CliRunner().invoke(
+            cli, ["calibrate", str(model), "--data", f"{text}@2", "-o", str(text)], catch_exceptions=False
+        )

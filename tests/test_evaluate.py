@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gguftool.checkpoint import open_checkpoint
 from gguftool.divergence import (
     DivergenceSum,
     KlStatistics,
@@ -24,6 +25,7 @@ from gguftool.divergence import (
 )
 from gguftool.errors import GgufToolError
 from gguftool.evaluate import _groups, compare, compare_many, measure
+from gguftool.perplexity import LoadedModel, open_session
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
 from gguftool.stats import CalibrationStats
@@ -309,3 +311,20 @@ def test_another_vocabulary_is_refused(llama: Any, base_gguf: Path, eval_text: P
     other = with_entries(base_gguf, tmp_path / "other.gguf", {"tokenizer.ggml.tokens": words})
     with pytest.raises(GgufToolError, match="other tokens"):
         compare(base_gguf, other, eval_text.read_text(encoding="utf-8"), llama=llama, max_windows=1)
+
+
+def test_special_tokens_count_as_such_where_it_is_asked(
+    llama, base_gguf: Path, checkpoint_dir: Path, eval_text: Path
+) -> None:
+    """Conversations: the tokens are those that the checkpoint's tokenizer sees in them; other texts spell them out."""
+    tokenizer = open_checkpoint(checkpoint_dir).tokenizer()
+    end = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
+    text = end.join(eval_text.read_text(encoding="utf-8")[:3000].split("\n\n"))
+    wanted = tokenizer.encode(text, add_special_tokens=False)
+    assert wanted.count(tokenizer.eos_token_id) > 2
+    for special in (True, False):
+        with open_session(llama, n_ctx=4, parse_special=special) as session, LoadedModel(session, base_gguf) as model:
+            windows = model.windows(text)
+            assert model.protocol(windows, text).parse_special is special
+        found = windows.flatten().tolist()
+        assert (found == wanted[: len(found)]) is special and (tokenizer.eos_token_id in found) is special
