@@ -131,7 +131,7 @@ GRANITE_HYBRID = GRANITE | {
         Converted("mamba.A_log", "column"),
         Converted("mamba.D", "column"),
         Converted("mamba.norm.weight", "grouped"),
-        Converted("mamba.dt_bias", "renamed", ("mamba.dt_bias",)),
+        Converted("mamba.dt_bias", "renamed", ("mamba.dt_proj.bias",)),
     )
 }
 W_ORDER = ("gate", "down", "up")  # w1, w2, w3
@@ -308,16 +308,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "sigmoid router with a bias that only chooses, shared experts, dense first layers",
         router_rows=BIASED,
         count_key="n_routed_experts",
-    ),
-    Architecture(
-        "hunyuan_v1_moe",
-        "hunyuan-moe",
-        "tencent/Hunyuan-A13B-Instruct",
-        "Hunyuan-A13B",
-        "shared expert",
-        router_rows=("mlp.gate.wg.weight",),
-        width_key="intermediate_size",
-        norm_topk=True,
     ),
     Architecture(
         "minimax_m2",

@@ -35,6 +35,8 @@ EXPERT_TENSORS = {
 # What becomes of a stack that is stored whole.
 OF_STACK = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 _BIAS_RENAMED = ("e_score_correction_bias", "e_score_correction.bias")
+# Of a layer that predicts further tokens, whatever the family.
+_NEXTN = ("eh_proj.", "embed_tokens.", "enorm.", "hnorm.", "shared_head.")
 
 Shape = tuple[int, ...]
 
@@ -57,6 +59,9 @@ def gguf_name(checkpoint: Checkpoint, name: str) -> str:
     """
     arch = checkpoint.architecture.gguf_arch
     looked_up = name.replace(*_BIAS_RENAMED)
+    layer, suffix = checkpoint.split_layer(name)
+    if layer is not None and layer >= checkpoint.n_layers and suffix.startswith(_NEXTN):
+        return f"blk.{layer}.nextn.{suffix.replace('shared_head.', 'shared_head_')}"
     mapped = _name_map(arch, checkpoint.n_layers + checkpoint.n_predict).get_name(looked_up, (".weight", ".bias"))
     if mapped is None:
         raise GgufToolError(f"{checkpoint.path}: llama.cpp has no name for {name} in {arch}")

@@ -92,6 +92,12 @@ def _part_of_a_model_with_images(tensors: Tensors, config: dict[str, Any]) -> No
     config["tie_word_embeddings"] = False
 
 
+def _hybrid_names(_: Tensors, config: dict[str, Any]) -> None:
+    """transformers 5 writes other words than the hub's files have."""
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    config["layer_types"] = [words[word] for word in config["layer_types"]]
+
+
 def _stack(tensors: Tensors, config: dict[str, Any]) -> None:
     for layer in range(config["num_hidden_layers"]):
         path = f"model.layers.{layer}.mlp.experts"
@@ -121,7 +127,8 @@ TINY: dict[str, Tiny] = {
         ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "model.layers.0.block_sparse_moe.gate.weight"),
     ),
     "deepseek_v2": Tiny(
-        DEEPSEEK | {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "q_lora_rank": None, "norm_topk_prob": False},
+        DEEPSEEK | {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "q_lora_rank": None, "scoring_func": "softmax",
+                    "num_hidden_layers": 27, "norm_topk_prob": False},
         (
             "model.layers.1.mlp.experts.0.gate_proj.weight", "model.layers.1.mlp.gate.weight",
             "model.layers.1.mlp.shared_experts.gate_proj.weight", "model.layers.0.mlp.gate_proj.weight",
@@ -130,7 +137,7 @@ TINY: dict[str, Tiny] = {
     ),
     "deepseek_v3": Tiny(
         DEEPSEEK | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": 32, "norm_topk_prob": True,
-                    "routed_scaling_factor": 1.5},
+                    "routed_scaling_factor": 1.5, "scoring_func": "sigmoid"},
         (
             "model.layers.1.mlp.experts.0.gate_proj.weight", "model.layers.1.mlp.gate.e_score_correction_bias",
             "model.layers.0.self_attn.q_a_layernorm.weight", "model.layers.3.eh_proj.weight",
@@ -172,6 +179,7 @@ TINY: dict[str, Tiny] = {
             "model.layers.0.block_sparse_moe.input_linear.weight", "model.layers.0.mamba.in_proj.weight",
             "model.layers.0.shared_mlp.input_linear.weight",
         ),
+        _hybrid_names,
     ),
     "qwen3_next": Tiny(
         LINEAR | NARROW | {"norm_topk_prob": True},
@@ -209,15 +217,11 @@ TINY: dict[str, Tiny] = {
     ),
     "dots1": Tiny(
         DENSE_FIRST | {"head_dim": 32, "num_key_value_heads": 4, "norm_topk_prob": True, "routed_scaling_factor": 1.5,
-                       "n_group": 1, "topk_group": 1},
+                       "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid"},
         ("model.layers.1.mlp.experts.0.gate_proj.weight", "model.layers.1.mlp.gate.e_score_correction_bias"),
     ),
-    "hunyuan_v1_moe": Tiny(
-        {"num_experts": 6, "intermediate_size": N_FF, "head_dim": 32, "moe_topk": 2, "num_shared_expert": 1},
-        ("model.layers.0.mlp.experts.0.gate_proj.weight", "model.layers.0.mlp.gate.wg.weight"),
-    ),
     "minimax_m2": Tiny(
-        LOCAL | {"head_dim": 32},
+        LOCAL | {"head_dim": 32, "rotary_dim": 32, "scoring_func": "sigmoid"},
         (
             "model.layers.0.block_sparse_moe.experts.0.w1.weight",
             "model.layers.0.block_sparse_moe.e_score_correction_bias", "model.layers.0.block_sparse_moe.gate.weight",
@@ -225,7 +229,7 @@ TINY: dict[str, Tiny] = {
     ),
     "exaone_moe": Tiny(
         NARROW | {"num_experts": 6, "num_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 32,
-                  "norm_topk_prob": True, "n_group": 1, "topk_group": 1},
+                  "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid"},
         ("model.layers.1.mlp.experts.0.gate_proj.weight", "model.layers.1.mlp.e_score_correction_bias"),
     ),
 }  # fmt: skip
