@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,14 +24,17 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from .architectures import Architecture, for_model_type
 from .errors import GgufToolError
 
-DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 # What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
 PIECES, PIECE_BYTES = 10, 4096
 # Tensors of old checkpoints that are recomputed, not loaded (llama.cpp's converter skips the same ones).
 IGNORED = (".rotary_emb.inv_freq",)
 
-# What transformers 5 keeps of a layer's experts: [E, 2K, d] and [E, d, K].
+# What transformers 5 keeps of a layer's experts: [E, 2K, d] and [E, d, K], or transposed.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
+# The sixteen 4-bit floats of MXFP4, one sign, two bits of exponent, one of mantissa.
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 Projection = Literal["gate", "up", "down"]
 
@@ -49,10 +53,23 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A piece of a parameter: the stored tensor that fills `parameter[index]`."""
+    """A piece of a parameter: the stored tensor that fills `parameter[index]`.
+
+    With `scales` the tensor is a stack in MXFP4, [E, rows, blocks, 16], of which `expert` is meant, transposed.
+    """
 
     tensor: StoredTensor
     index: tuple[int | slice, ...]
+    scales: StoredTensor | None = None
+    expert: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        if self.scales is None:
+            return self.tensor.shape
+        _, rows, blocks, _ = self.tensor.shape
+        return (32 * blocks, rows)
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,15 @@ class Checkpoint:
     def n_vocab(self) -> int:
         """Rows of the token embedding."""
         return self._size("vocab_size")
+
+    @cached_property
+    def n_predict(self) -> int:
+        """Layers behind the decoder's that predict further tokens and that the converter keeps; nothing here runs them."""
+        row = self.architecture
+        if row.predictors != "kept":
+            return 0
+        behind = {layer for name in self.tensors if (layer := self._layer_of(self.converter_name(name))) is not None}
+        return sum(layer >= self.n_layers for layer in behind)
 
     @property
     def n_expert(self) -> int:
@@ -134,21 +160,74 @@ class Checkpoint:
     def _groups(self, key: str) -> int:
         return self._size(key) if getattr(self.config, key, None) is not None else 1
 
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a parameter or buffer of transformers' model."""
+        layer, suffix = self.split_layer(name)
+        if layer is not None:
+            return self.layer_name(layer, suffix)
+        return self._from_outside(name)
+
     def layer_name(self, layer: int, suffix: str) -> str:
-        """The checkpoint's name of a module path or parameter inside a decoder layer, for example `mlp.gate.weight`."""
+        """The checkpoint's name of a parameter or buffer inside a decoder layer, for example `mlp.gate.weight`."""
         prefix = f"{self.architecture.layers}.{layer}."
-        block, ours = _parent(self.architecture.experts), _parent(self.architecture.checkpoint_experts)
-        renamed = ours + suffix.removeprefix(block) if suffix.startswith(f"{block}.") else suffix
-        written_anew = f"{prefix}{suffix}" in self.tensors or f"{prefix}{suffix}.weight" in self.tensors
-        return prefix + (suffix if written_anew else renamed)
+        names = [prefix + suffix]
+        names += [prefix + theirs + suffix.removeprefix(ours) for ours, theirs in self.architecture.renamed
+                  if suffix.startswith(ours)][:1]  # fmt: skip
+        found = [name for name in map(self._from_outside, names) if name in self.tensors]
+        return found[0] if found else self._from_outside(names[-1])
+
+    def split_layer(self, name: str) -> tuple[int | None, str]:
+        """`model.layers.3.mlp.gate.weight` -> (3, `mlp.gate.weight`); (None, name) outside of the decoder layers."""
+        prefix = f"{self.architecture.layers}."
+        index, _, suffix = name.removeprefix(prefix).partition(".")
+        return (int(index), suffix) if name.startswith(prefix) else (None, name)
+
+    def is_unread(self, name: str) -> bool:
+        """Whether a stored tensor has no place in a forward pass: recomputed, of images, or of layers behind the last."""
+        return (
+            name.endswith(IGNORED)
+            or (bool(self.architecture.predictors) and self.is_predictor(name))
+            or any(re.match(pattern, name) for pattern in self.architecture.unused)
+        )
+
+    def converter_name(self, name: str) -> str:
+        """The name that llama.cpp's converter gives a stored tensor before it looks up the GGUF's."""
+        ours, theirs = self.architecture.outside
+        if theirs and name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+        for own, inside in self.architecture.predictor_names:
+            if name.startswith(own):
+                return f"{self.architecture.layers}.{self.n_layers}.{inside}{name.removeprefix(own)}"
+        return name
+
+    def is_predictor(self, name: str) -> bool:
+        """Whether a stored tensor is of a layer behind the decoder's last, that predicts further tokens."""
+        layer = self._layer_of(self.converter_name(name))
+        return layer is not None and layer >= self.n_layers
+
+    def _layer_of(self, name: str) -> int | None:
+        return self.split_layer(name)[0]
+
+    def _from_outside(self, name: str) -> str:
+        ours, theirs = self.architecture.outside
+        renamed = theirs + name.removeprefix(ours) if theirs and name.startswith(ours) else name
+        return name if name in self.tensors else renamed
 
     def _expert_name(self, layer: int, expert: int, projection: Projection) -> str:
         row = self.architecture
-        return f"{row.layers}.{layer}.{row.checkpoint_experts}.{expert}.{getattr(row, projection)}.weight"
+        return self._from_outside(f"{row.layers}.{layer}.{row.single}.{expert}.{getattr(row, projection)}.weight")
 
     def is_stacked(self, layer: int) -> bool:
         """Whether the layer's experts are stored as 3-D stacks, as transformers 5 keeps them in memory."""
-        return self.layer_name(layer, f"{self.architecture.experts}.down_proj") in self.tensors
+        return self.stack_name(layer, "down_proj") in self.tensors or self.is_mxfp4(layer)
+
+    def is_mxfp4(self, layer: int) -> bool:
+        """Whether the layer's experts are stacks of 4-bit blocks and 8-bit scales."""
+        return self.stack_name(layer, "down_proj_blocks") in self.tensors
+
+    def stack_name(self, layer: int, leaf: str) -> str:
+        """The stored name of one of a layer's stacks, such as `down_proj`."""
+        return self.layer_name(layer, f"{self.architecture.experts}.{leaf}")
 
     def read(self, name: str) -> Tensor:
         """The tensor in the checkpoint's own type, mapped from disk (a copy is made only where it is written to)."""
@@ -166,8 +245,22 @@ class Checkpoint:
             raise GgufToolError(f"{self.path}: its tokenizer cannot be loaded (no tokenizer.json)")
         return tokenizer
 
+    def read_source(self, source: Source) -> Tensor:
+        """The values of a piece, [rows, columns] or what the tensor is."""
+        values = self.read(source.tensor.name)
+        if source.scales is None:
+            return values
+        return dequantize_mxfp4(values[source.expert], self.read(source.scales.name)[source.expert]).T
+
     def expert_sources(self, layer: int, parameter: str) -> Iterator[Source]:
-        """What fills the experts' `gate_up_proj` [E, 2K, d] or `down_proj` [E, d, K] of a layer."""
+        """What fills the experts' `gate_up_proj` [E, 2K, d] or `down_proj` [E, d, K] of a layer, where no one tensor does."""
+        if self.is_mxfp4(layer):
+            blocks, scales = (
+                self._stored(self.stack_name(layer, f"{parameter}_{part}")) for part in ("blocks", "scales")
+            )
+            for expert in range(self.n_expert):
+                yield Source(blocks, (expert,), scales, expert)
+            return
         width = self.n_ff_exp
         parts: dict[Projection, slice] = {"down": slice(None)}
         if parameter == "gate_up_proj":
@@ -176,22 +269,21 @@ class Checkpoint:
             for projection, rows in parts.items():
                 yield Source(self._stored(self._expert_name(layer, expert, projection)), (expert, rows))
 
-    def expert_tensors(self, layer: int) -> list[StoredTensor]:
-        """The stored tensors of a layer's experts."""
-        if self.is_stacked(layer):
-            names = [self.layer_name(layer, f"{self.architecture.experts}.{leaf}") for leaf in EXPERT_PARAMETERS]
-            return [self._stored(name) for name in names]
-        return [source.tensor for leaf in EXPERT_PARAMETERS for source in self.expert_sources(layer, leaf)]
-
     def expert(self, layer: int, expert: int) -> dict[Projection, Tensor]:
         """One expert's matrices in the checkpoint's own type, mapped: gate and up [K, d], down [d, K]."""
-        if self.is_stacked(layer):
-            names = [self.layer_name(layer, f"{self.architecture.experts}.{leaf}") for leaf in EXPERT_PARAMETERS]
-            gate_up, down = (self.read(name)[expert] for name in names)
-            gate, up = gate_up.chunk(2)
-            return {"gate": gate, "up": up, "down": down}
-        projections: tuple[Projection, ...] = ("gate", "up", "down")
-        return {role: self.read(self._stored(self._expert_name(layer, expert, role)).name) for role in projections}
+        if not self.is_stacked(layer):
+            projections: tuple[Projection, ...] = ("gate", "up", "down")
+            return {role: self.read(self._stored(self._expert_name(layer, expert, role)).name) for role in projections}
+        row, found = self.architecture, []
+        for leaf in EXPERT_PARAMETERS:
+            if self.is_mxfp4(layer):
+                one = self.read_source(next(s for s in self.expert_sources(layer, leaf) if s.expert == expert))
+            else:
+                one = self.read(self._stored(self.stack_name(layer, leaf)).name)[expert]
+            found.append(one.T if row.transposed else one)
+        gate_up, down = found
+        gate, up = (gate_up[::2], gate_up[1::2]) if row.interleaved else gate_up.chunk(2)
+        return {"gate": gate, "up": up, "down": down}
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self.tensors:
@@ -208,10 +300,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     directory = _resolve(path)
     raw, fields = _read_config(directory)
     architecture = for_model_type(str(fields.get("model_type")))
-    if fields.get("quantization_config"):
-        raise GgufToolError(f"{directory}: the checkpoint is quantized already; start from the unquantized original")
+    _check_variant(directory, architecture, fields)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GgufToolError(f"{directory}: config.json is refused by transformers ({_first_line(error)})") from error
     tensors = _index(directory)
@@ -259,6 +350,21 @@ def _read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
     if not isinstance(fields, dict):
         raise GgufToolError(f"{directory}: config.json is no JSON object")
     return raw, fields
+
+
+def _check_variant(directory: Path, row: Architecture, fields: Mapping[str, Any]) -> None:
+    """Raises GgufToolError for a checkpoint that is quantized in a way that cannot be read, or refused by its row."""
+    how = fields.get("quantization_config") or {}
+    kind = how.get("quant_method") if isinstance(how, dict) else "unknown"
+    if how and not (kind == "mxfp4" and row.transposed):
+        raise GgufToolError(
+            f"{directory}: the checkpoint is quantized already ({kind}); start from the unquantized original, or from a "
+            "copy in BF16"
+        )
+    text = {**fields, **(fields.get("text_config") or {})}
+    for key, value, why in row.refused:
+        if text.get(key) == value:
+            raise GgufToolError(f"{directory}: config.json has {key} = {value!r}: {why}")
 
 
 def _index(directory: Path) -> dict[str, StoredTensor]:
@@ -353,32 +459,54 @@ def _pieces(nbytes: int) -> list[tuple[int, int]]:
     return [(start, start + PIECE_BYTES) for start in starts]
 
 
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """MXFP4 (OCP Microscaling Formats 1.0): blocks uint8 [rows, n, 16], two 4-bit floats a byte, the lower half first, and
+    scales uint8 [rows, n], exponents with a bias of 127 -> float32 [rows, 32 n]."""
+    pairs = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
+    values = torch.tensor(_FP4, dtype=torch.float32)[pairs.int()]
+    return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
+
+
 def _check_experts(checkpoint: Checkpoint) -> None:
     """Raises GgufToolError where the experts on disk are not those of config.json."""
-    n_expert, width, n_embd = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
+    n_expert = checkpoint.n_expert
     if not 0 < checkpoint.n_expert_used <= n_expert:
         raise GgufToolError(
             f"{checkpoint.path}: {checkpoint.n_expert_used} of {n_expert} experts cannot be used by a token"
         )
     if not checkpoint.moe_layers:
         raise GgufToolError(f"{checkpoint.path}: no tensor is that of a routed expert; there is nothing to prune")
-    shapes = {"gate": (width, n_embd), "up": (width, n_embd), "down": (n_embd, width)}
-    experts = checkpoint.architecture.experts
     for layer in checkpoint.moe_layers:
         if checkpoint._expert_name(layer, n_expert, "down") in checkpoint.tensors:
             raise GgufToolError(f"{checkpoint.path}: layer {layer} has more experts than config.json's {n_expert}")
-        want: dict[str, tuple[int, ...]] = {}
-        if checkpoint.is_stacked(layer):
-            want[checkpoint.layer_name(layer, f"{experts}.gate_up_proj")] = (n_expert, 2 * width, n_embd)
-            want[checkpoint.layer_name(layer, f"{experts}.down_proj")] = (n_expert, n_embd, width)
-        else:
-            projections: tuple[Projection, ...] = ("gate", "up", "down")
-            for projection in projections:
-                for expert in range(n_expert):
-                    want[checkpoint._expert_name(layer, expert, projection)] = shapes[projection]
-        for name, shape in want.items():
+        for name, shape in _expert_shapes(checkpoint, layer).items():
             found = checkpoint._stored(name).shape
             if found != shape:
                 raise GgufToolError(
                     f"{checkpoint.path}: {name} has shape {list(found)}, config.json says {list(shape)}"
                 )
+
+
+def _expert_shapes(checkpoint: Checkpoint, layer: int) -> dict[str, tuple[int, ...]]:
+    """Stored name -> shape of everything that a layer's experts are made of."""
+    row = checkpoint.architecture
+    n_expert, width, n_embd = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
+    if not checkpoint.is_stacked(layer):
+        shapes: dict[Projection, tuple[int, int]] = {
+            "gate": (width, n_embd), "up": (width, n_embd), "down": (n_embd, width)
+        }  # fmt: skip
+        return {
+            checkpoint._expert_name(layer, expert, projection): shape
+            for projection, shape in shapes.items()
+            for expert in range(n_expert)
+        }
+    want: dict[str, tuple[int, ...]] = {}
+    for leaf, (rows, columns) in (("gate_up_proj", (2 * width, n_embd)), ("down_proj", (n_embd, width))):
+        if checkpoint.is_mxfp4(layer):
+            want[f"{leaf}_blocks"] = (n_expert, rows, columns // 32, 16)
+            want[f"{leaf}_scales"] = (n_expert, rows, columns // 32)
+        else:
+            want[leaf] = (n_expert, columns, rows) if row.transposed else (n_expert, rows, columns)
+        if row.expert_bias:
+            want[f"{leaf}_bias"] = (n_expert, rows)
+    return {checkpoint.stack_name(layer, leaf): shape for leaf, shape in want.items()}

@@ -15,7 +15,7 @@ from gguf import GGUFValueType as V
 from . import cut
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, copied_entries, write_gguf
-from .layout import ExpertName, parse
+from .layout import ExpertName, n_entries, parse
 from .requant import quantize_rows
 from .tensors import BLOCKS, TensorSpec
 
@@ -61,9 +61,9 @@ def _check_whole_layers(file: GgufFile, pruned: cut.Cut, count: int) -> None:
     cut_layers = {layer.index for layer in pruned.layers}
     for spec in file.tensors:
         name = parse(spec.name)
-        if name and name.role == "router" and name.layer not in cut_layers and spec.ne[-1] != count:
+        if name and name.role == "router" and name.layer not in cut_layers and n_entries(spec.ne) != count:
             raise GgufToolError(
-                f"{file.path}: layer {name.layer} has all {spec.ne[-1]} experts and the others {count}: "
+                f"{file.path}: layer {name.layer} has all {n_entries(spec.ne)} experts and the others {count}: "
                 "a stock file cannot hold layers with different numbers of experts"
             )
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import GgufToolError
-from .inventory import gguf_name
+from .experts import canonical
+from .inventory import matrices
 from .loader import LayerLoader
 from .ranks import ALONE, Ranks
 from .recorders import LinearRecorder, Recorder, recording
@@ -213,7 +214,7 @@ class LayeredPass:
         with ExitStack() as stack:
             if index in checkpoint.moe_layers:
                 target = module.get_submodule(row.experts)
-                experts = self.record(target, index)
+                experts = self.record(canonical(target), index)
                 stack.enter_context(recording(target, experts))
             if self.linears:
                 stack.enter_context(linears.watching(_matrices(checkpoint, module, index)))
@@ -266,7 +267,7 @@ def _matrices(checkpoint: Checkpoint, layer: nn.Module, index: int) -> dict[str,
     for path, module in layer.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.ndim == 2:
-            found[gguf_name(checkpoint, checkpoint.layer_name(index, path) + ".weight")] = module
+            found |= dict.fromkeys(matrices(checkpoint, checkpoint.layer_name(index, f"{path}.weight")), module)
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from . import cut, encoding
 from .errors import GgufToolError
 from .gguf_file import GgufFile
-from .layout import STOCK, TIERED, ExpertName, map_name, parse, tier_name
+from .layout import STOCK, TIERED, ExpertName, map_name, n_entries, parse, tier_name
 from .tensors import BLOCKS, TensorSpec
 
 _CHUNK = 1 << 22
@@ -206,8 +206,8 @@ def _check_shape(layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: i
     if name.role == "map":
         return
     if name.role == "router":
-        if spec.ne[-1] != len(layer.experts):
-            yield f"{spec.name} has {spec.ne[-1]} rows for {len(layer.experts)} experts"
+        if (rows := n_entries(spec.ne)) != len(layer.experts):
+            yield f"{spec.name} has {rows} rows for {len(layer.experts)} experts"
         return
     width, count, _ = layer.tiers[name.tier or 0]
     rows = width * (2 if name.role == "gate_up" else 1)

@@ -1,31 +1,55 @@
 """Every tensor that llama.cpp's converter would write for a checkpoint, before anything is converted.
 
-The rules are those of llama.cpp's conversion/base.py (`prepare_tensors`) with `--outtype auto`.
+The rules are those of llama.cpp's conversion/base.py (`prepare_tensors`) with `--outtype auto`, and what the families' own
+converters do beside, as their rows in `architectures` name it.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import gguf
 
-from .checkpoint import IGNORED, Checkpoint, StoredTensor
+from .architectures import Architecture, Converted
+from .checkpoint import EXPERT_PARAMETERS, IGNORED, Checkpoint, StoredTensor
 from .errors import GgufToolError
 from .stats import ModelFacts
 from .tensors import TensorSpec
 
 # Matrices that the converter keeps in F32 whatever the rest is.
-ALWAYS_F32 = (gguf.MODEL_TENSOR.FFN_GATE_INP, gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP)
+ALWAYS_F32 = (
+    gguf.MODEL_TENSOR.FFN_GATE_INP,
+    gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP,
+    gguf.MODEL_TENSOR.SSM_CONV1D,
+    gguf.MODEL_TENSOR.SHORTCONV_CONV,
+)
 EXPERT_TENSORS = {
     "gate": gguf.MODEL_TENSOR.FFN_GATE_EXP,
     "up": gguf.MODEL_TENSOR.FFN_UP_EXP,
     "down": gguf.MODEL_TENSOR.FFN_DOWN_EXP,
 }
-# The order in which the converter writes a layer's three stacks: that of its loops over the projections' names.
-EXPERT_ORDER = {"llama": ("gate", "down", "up")}
-DEFAULT_ORDER = ("down", "gate", "up")
+# What becomes of a stack that is stored whole.
+OF_STACK = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+_BIAS_RENAMED = ("e_score_correction_bias", "e_score_correction.bias")
+# Of a layer that predicts further tokens, whatever the family.
+_NEXTN = ("eh_proj.", "embed_tokens.", "enorm.", "hnorm.", "shared_head.")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What becomes of a stored tensor: a name that the name map knows (or, with `final`, the GGUF's), its shape, and
+    whether its rows are multiplied by what the stored matrix is multiplied by."""
+
+    name: str
+    shape: Shape
+    same_input: bool = True
+    final: bool = False
 
 
 def gguf_name(checkpoint: Checkpoint, name: str) -> str:
@@ -34,15 +58,26 @@ def gguf_name(checkpoint: Checkpoint, name: str) -> str:
     Raises GgufToolError for a name that llama.cpp does not know in this architecture.
     """
     arch = checkpoint.architecture.gguf_arch
-    mapped = _name_map(arch, checkpoint.n_layers).get_name(name, try_suffixes=(".weight", ".bias"))
+    looked_up = name.replace(*_BIAS_RENAMED)
+    layer, suffix = checkpoint.split_layer(name)
+    if layer is not None and layer >= checkpoint.n_layers and suffix.startswith(_NEXTN):
+        return f"blk.{layer}.nextn.{suffix.replace('shared_head.', 'shared_head_')}"
+    mapped = _name_map(arch, checkpoint.n_layers + checkpoint.n_predict).get_name(looked_up, (".weight", ".bias"))
     if mapped is None:
         raise GgufToolError(f"{checkpoint.path}: llama.cpp has no name for {name} in {arch}")
     return str(mapped)
 
 
-def expert_name(layer: int, projection: str) -> str:
+def expert_name(layer: int, projection: str, suffix: str = "weight") -> str:
     """The GGUF name of a layer's stack of experts, for example `blk.0.ffn_down_exps.weight`."""
-    return _format(EXPERT_TENSORS[projection], layer)
+    return _format(EXPERT_TENSORS[projection], layer, suffix)
+
+
+def matrices(checkpoint: Checkpoint, stored: str) -> list[str]:
+    """The names of the GGUF's matrices that are multiplied by what the stored matrix is multiplied by."""
+    tensor = checkpoint.tensors[stored]
+    pieces = [piece for piece in _written(checkpoint, checkpoint.converter_name(stored), tensor) if piece.same_input]
+    return [piece.name if piece.final else gguf_name(checkpoint, piece.name) for piece in pieces]
 
 
 def weight_type(checkpoint: Checkpoint) -> str:
@@ -60,16 +95,29 @@ def gguf_tensors(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
     is absent. Raises GgufToolError for a tensor that llama.cpp has no name for.
     """
     matrix_type = weight_type(checkpoint)
-    f32 = {_format(key, layer) for key in ALWAYS_F32 for layer in range(checkpoint.n_layers)}
+    last = checkpoint.n_layers + checkpoint.n_predict
+    f32 = {_format(key, layer) for key in ALWAYS_F32 for layer in range(last)}
+    packed: list[TensorSpec] = []
     specs: list[TensorSpec] = []
-    for layer, tensor in _without_single_experts(checkpoint):
-        if layer is not None:
-            specs += _expert_specs(checkpoint, layer, tensor, matrix_type)
-            continue
-        name = gguf_name(checkpoint, tensor.name)
-        kept = len(tensor.shape) < 2 or name in f32 or name.endswith("_norm.weight") or not name.endswith(".weight")
-        specs.append(TensorSpec(name, tensor.shape[::-1], "F32" if kept else matrix_type))
-    return tuple(specs)
+    single: Counter[int] = Counter()
+    for tensor in _converted_tensors(checkpoint):
+        name = checkpoint.converter_name(tensor.name)
+        layer, suffix = checkpoint.split_layer(name)
+        if layer is not None and re.match(rf"{re.escape(checkpoint.architecture.single)}\.\d+\.", suffix):
+            single[layer] += 1
+            if single[layer] == 3 * checkpoint.n_expert:
+                specs += [_expert_spec(checkpoint, layer, p, matrix_type) for p in checkpoint.architecture.expert_order]
+        elif layer is not None and (leaf := _stack_leaf(checkpoint.architecture, suffix)):
+            stack, _, part = leaf.partition("_proj")
+            kind = {"": matrix_type, "_scales": "MXFP4", "_bias": "F32"}.get(part)
+            into = [_expert_spec(checkpoint, layer, p, kind) for p in OF_STACK[f"{stack}_proj"]] if kind else []
+            (packed if part == "_scales" else specs).extend(into)
+        else:
+            for piece in _written(checkpoint, name, tensor):
+                out = piece.name if piece.final else gguf_name(checkpoint, piece.name)
+                kept = len(piece.shape) < 2 or out in f32 or out.endswith("_norm.weight") or not out.endswith(".weight")
+                specs.append(TensorSpec(out, piece.shape[::-1], "F32" if kept else matrix_type))
+    return (*packed, *specs)
 
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -79,7 +127,7 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         fingerprint=checkpoint.fingerprint,
         model_type=checkpoint.architecture.model_type,
         gguf_arch=checkpoint.architecture.gguf_arch,
-        block_count=checkpoint.n_layers,
+        block_count=checkpoint.n_layers + checkpoint.n_predict,
         moe_layers=checkpoint.moe_layers,
         n_expert=checkpoint.n_expert,
         n_expert_used=checkpoint.n_expert_used,
@@ -90,32 +138,112 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         n_group=checkpoint.n_group,
         n_group_used=checkpoint.n_group_used,
         norm_topk=checkpoint.norm_topk,
+        n_predict=checkpoint.n_predict,
     )
 
 
-def _without_single_experts(checkpoint: Checkpoint) -> Iterator[tuple[int | None, StoredTensor]]:
-    """The stored tensors in order: (None, tensor), or (layer, tensor) for a stack or for the last expert of a layer."""
-    experts = {tensor.name: layer for layer in checkpoint.moe_layers for tensor in checkpoint.expert_tensors(layer)}
-    left = Counter(experts.values())
-    for tensor in checkpoint.tensors.values():
-        layer = experts.get(tensor.name)
-        if layer is None:
-            if not tensor.name.endswith(IGNORED):
-                yield None, tensor
-            continue
-        left[layer] -= 1
-        if not left[layer] or checkpoint.is_stacked(layer):
-            yield layer, tensor
+def _converted_tensors(checkpoint: Checkpoint) -> Iterator[StoredTensor]:
+    """The stored tensors that the converter takes, in its order."""
+    row = checkpoint.architecture
+    for name, tensor in checkpoint.tensors.items():
+        if checkpoint.is_predictor(name):
+            if row.predictors == "kept":
+                yield tensor
+        elif not name.endswith(IGNORED) and not any(re.match(pattern, name) for pattern in row.unused):
+            yield tensor
 
 
-def _expert_specs(checkpoint: Checkpoint, layer: int, tensor: StoredTensor, matrix_type: str) -> list[TensorSpec]:
-    """The merged stacks that the converter writes when it meets `tensor`."""
+def _stack_leaf(row: Architecture, suffix: str) -> str:
+    """`gate_up_proj`, `down_proj_bias`, `down_proj_blocks` ... where a tensor of a layer is a stack's, else ""."""
+    for leaf in EXPERT_PARAMETERS:
+        ours = f"{row.experts}.{leaf}"
+        names = [ours, *(theirs for name, theirs in row.renamed if name == ours)]
+        for part in ("", "_bias", "_blocks", "_scales"):
+            if suffix in (f"{name}{part}" for name in names):
+                return f"{leaf}{part}"
+    return ""
+
+
+def _expert_spec(checkpoint: Checkpoint, layer: int, projection: str, kind: str) -> TensorSpec:
+    """A layer's merged stack of one projection, or, in F32, of its biases."""
     n_embd, width, n_expert = checkpoint.n_embd, checkpoint.n_ff_exp, checkpoint.n_expert
-    order: tuple[str, ...] = EXPERT_ORDER.get(checkpoint.architecture.gguf_arch, DEFAULT_ORDER)
-    if checkpoint.is_stacked(layer):
-        order = ("down",) if tensor.name.endswith("down_proj") else ("gate", "up")
-    ne = {"gate": (n_embd, width, n_expert), "up": (n_embd, width, n_expert), "down": (width, n_embd, n_expert)}
-    return [TensorSpec(expert_name(layer, projection), ne[projection], matrix_type) for projection in order]
+    rows, columns = (n_embd, width) if projection == "down" else (width, n_embd)
+    if kind == "F32":
+        return TensorSpec(expert_name(layer, projection, "bias"), (rows, n_expert), kind)
+    return TensorSpec(expert_name(layer, projection), (columns, rows, n_expert), kind)
+
+
+def _written(checkpoint: Checkpoint, name: str, tensor: StoredTensor) -> list[Written]:
+    """What becomes of a tensor that is no routed expert's; `name` is the converter's."""
+    layer, suffix = checkpoint.split_layer(name)
+    rule = next((r for r in checkpoint.architecture.converted if layer is not None and suffix == r.suffix), None)
+    if rule is None or layer is None:
+        return [Written(name, tensor.shape)]
+    return RULES[rule.rule](checkpoint, name.removesuffix(suffix), layer, tensor.shape, rule)
+
+
+Rule = Callable[[Checkpoint, str, int, Shape, Converted], list[Written]]
+
+
+def _renamed(_: Checkpoint, prefix: str, __: int, shape: Shape, rule: Converted) -> list[Written]:
+    return [Written(prefix + rule.to[0], shape)]
+
+
+def _squeezed(_: Checkpoint, prefix: str, __: int, shape: Shape, rule: Converted) -> list[Written]:
+    return [Written(prefix + rule.suffix, tuple(n for n in shape if n != 1))]
+
+
+def _halves(_: Checkpoint, __: str, layer: int, shape: Shape, rule: Converted) -> list[Written]:
+    return [Written(f"blk.{layer}.{to}.weight", (shape[0] // 2, *shape[1:]), final=True) for to in rule.to]
+
+
+def _kv_b(checkpoint: Checkpoint, prefix: str, _: int, shape: Shape, __: Converted) -> list[Written]:
+    """MLA with the key projection absorbed: k_b transposed [heads, rank, nope], v_b [heads, v, rank].
+
+    What llama.cpp multiplies v_b by is the attention's mean of what the stored matrix is multiplied by; k_b's input is the
+    query, which nothing here sees.
+    """
+    config = checkpoint.config
+    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    return [
+        Written(f"{prefix}self_attn.k_b_proj.weight", (heads, shape[1], nope), same_input=False),
+        Written(f"{prefix}self_attn.v_b_proj.weight", (heads, value, shape[1])),
+    ]
+
+
+def _qkvz(checkpoint: Checkpoint, _: str, layer: int, shape: Shape, __: Converted) -> list[Written]:
+    """Queries, keys and values of a linear attention in one matrix, its gate in another."""
+    z = checkpoint.config.linear_num_value_heads * checkpoint.config.linear_value_head_dim
+    return [
+        Written(f"blk.{layer}.attn_qkv.weight", (shape[0] - z, shape[1]), final=True),
+        Written(f"blk.{layer}.attn_gate.weight", (z, shape[1]), final=True),
+    ]
+
+
+def _column(_: Checkpoint, prefix: str, __: int, shape: Shape, rule: Converted) -> list[Written]:
+    return [Written(prefix + rule.suffix, (*shape, 1))]
+
+
+def _grouped(checkpoint: Checkpoint, prefix: str, _: int, shape: Shape, rule: Converted) -> list[Written]:
+    groups = checkpoint.config.mamba_n_groups
+    return [Written(prefix + rule.suffix, (groups, shape[0] // groups))]
+
+
+def _tiled_heads(_: Checkpoint, prefix: str, __: int, shape: Shape, rule: Converted) -> list[Written]:
+    """Columns in another order of heads: the sums over the stored matrix's input would have to move with them."""
+    return [Written(prefix + rule.suffix, shape, same_input=False)]
+
+
+RULES: dict[str, Rule] = {
+    "renamed": _renamed,
+    "squeezed": _squeezed,
+    "halves": _halves,
+    "kv_b": _kv_b,
+    "qkvz": _qkvz,
+    "column": _column,
+    "grouped": _grouped,
+    "tiled_heads": _tiled_heads,
+}
 
 
 @lru_cache(maxsize=4)
@@ -124,5 +252,5 @@ def _name_map(gguf_arch: str, n_layers: int) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(arch, n_layers)
 
 
-def _format(key: gguf.MODEL_TENSOR, layer: int) -> str:
-    return gguf.TENSOR_NAMES[key].format(bid=layer) + ".weight"
+def _format(key: gguf.MODEL_TENSOR, layer: int, suffix: str = "weight") -> str:
+    return f"{gguf.TENSOR_NAMES[key].format(bid=layer)}.{suffix}"

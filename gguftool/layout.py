@@ -169,14 +169,25 @@ def _stack(
     return Piece(TensorSpec(out, ne, kind), spec, layer, tier)
 
 
+def n_entries(ne: tuple[int, ...]) -> int:
+    """For how many experts a router's tensor has entries; a bias may come as [experts, 1]."""
+    return ne[_expert_axis(ne)]
+
+
+def _expert_axis(ne: tuple[int, ...]) -> int:
+    return max((i for i, n in enumerate(ne) if n > 1), default=0)
+
+
 def _with_experts(spec: TensorSpec, count: int) -> TensorSpec:
-    return TensorSpec(spec.name, (*spec.ne[:-1], count), spec.type)
+    axis = _expert_axis(spec.ne)
+    return TensorSpec(spec.name, (*spec.ne[:axis], count, *spec.ne[axis + 1 :]), spec.type)
 
 
 def _check_source(spec: TensorSpec, name: ExpertName, plan: PrunePlan) -> None:
     width = {"gate": 1, "up": 1, "gate_up": 2}.get(name.role)
-    if spec.ne[-1] != plan.n_expert:
-        raise GgufToolError(f"{spec.name} has {spec.ne[-1]} experts, the plan {plan.n_expert}: it is for another model")
+    have = n_entries(spec.ne) if name.role == "router" else spec.ne[-1]
+    if have != plan.n_expert:
+        raise GgufToolError(f"{spec.name} has {have} experts, the plan {plan.n_expert}: it is for another model")
     if name.suffix != "weight" or name.role == "router":
         return
     have = spec.ne[0] if width is None else spec.ne[1] // width

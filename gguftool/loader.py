@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .checkpoint import EXPERT_PARAMETERS, IGNORED, Checkpoint, Source
+from .checkpoint import EXPERT_PARAMETERS, Checkpoint, Source
 from .errors import GgufToolError
 
 
@@ -35,17 +35,16 @@ class LayerLoader:
     def materialise(self, path: str) -> nn.Module:
         """Loads every parameter under the module path (`model.embed_tokens`, `lm_head`, ...) and returns the module."""
         for name in self._names(path):
-            parameter = self.model.get_parameter(name)
-            value = torch.empty_like(parameter, device=self.device)
+            value = torch.empty_like(self._tensor(name), device=self.device, dtype=self._dtype(name))
             for source in self.sources[name]:
-                value[source.index].copy_(self.checkpoint.read(source.tensor.name))
+                value[source.index].copy_(self.checkpoint.read_source(source))
             self._set(name, value)
         return self.model.get_submodule(path)
 
     def release(self, path: str) -> None:
         """Frees what `materialise` loaded."""
         for name in self._names(path):
-            self._set(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+            self._set(name, torch.empty_like(self._tensor(name), device="meta"))
 
     def materialise_layer(self, layer: int) -> nn.Module:
         """Loads decoder layer `layer` and returns it."""
@@ -61,9 +60,22 @@ class LayerLoader:
             raise GgufToolError(f"the model has no parameters under {path!r}")
         return names
 
+    def _tensor(self, name: str) -> Tensor:
+        """A parameter, or a buffer that the checkpoint has."""
+        path, _, attribute = name.rpartition(".")
+        value: Tensor = getattr(self.model.get_submodule(path), attribute)
+        return value
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """F32 for what transformers keeps in it whatever the rest is: biases that only choose experts."""
+        kept = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        return torch.float32 if any(part in name for part in kept) else self._tensor(name).dtype
+
     def _set(self, name: str, value: Tensor) -> None:
-        module, _, attribute = name.rpartition(".")
-        setattr(self.model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
+        path, _, attribute = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        is_buffer = attribute in module._buffers
+        setattr(module, attribute, value if is_buffer else nn.Parameter(value, requires_grad=False))
 
 
 def usable_device(device: str, *, solves: bool = False) -> torch.device:
@@ -93,7 +105,9 @@ def empty_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype)
     for path, module in model.named_modules():
-        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        # Buffers that a checkpoint has are loaded with the parameters.
+        computed = module._non_persistent_buffers_set
+        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta and name in computed]
         if not missing:
             continue
         if not hasattr(module, "config"):
@@ -115,9 +129,9 @@ def parameter_sources(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
     tied = bool(getattr(checkpoint.config, "tie_word_embeddings", False))
     embedding = next(name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     sources: dict[str, tuple[Source, ...]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        layer, suffix = _split_layer(name, row.layers)
-        stored = name if layer is None else checkpoint.layer_name(layer, suffix)
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        layer, suffix = checkpoint.split_layer(name)
+        stored = checkpoint.stored_name(name)
         experts, _, leaf = suffix.rpartition(".")
         if stored in checkpoint.tensors and not (tied and name == "lm_head.weight"):
             sources[name] = (Source(checkpoint.tensors[stored], ()),)
@@ -129,24 +143,17 @@ def parameter_sources(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
             raise GgufToolError(f"{checkpoint.path}: the checkpoint lacks tensor {stored}")
         meta = torch.empty(parameter.shape, device="meta")
         for source in sources[name]:
-            if meta[source.index].shape != source.tensor.shape:
+            if meta[source.index].shape != source.shape:
                 raise GgufToolError(
-                    f"{checkpoint.path}: {source.tensor.name} has shape {list(source.tensor.shape)},"
+                    f"{checkpoint.path}: {source.tensor.name} has shape {list(source.shape)},"
                     f" config.json says {list(meta[source.index].shape)}"
                 )
-    used = {source.tensor.name for pieces in sources.values() for source in pieces}
+    pieces = [source for found in sources.values() for source in found]
+    used = {tensor.name for source in pieces for tensor in (source.tensor, source.scales) if tensor is not None}
     used |= {"lm_head.weight"} if tied else set()
-    unused = [name for name in checkpoint.tensors if name not in used and not name.endswith(IGNORED)]
+    unused = [name for name in checkpoint.tensors if name not in used and not checkpoint.is_unread(name)]
     if unused:
         raise GgufToolError(
             f"{checkpoint.path}: {len(unused)} tensors have no place in the model, the first is {unused[0]}"
         )
     return sources
-
-
-def _split_layer(name: str, layers: str) -> tuple[int | None, str]:
-    """`model.layers.3.mlp.gate.weight` -> (3, `mlp.gate.weight`); (None, name) outside of the decoder layers."""
-    if not name.startswith(f"{layers}."):
-        return None, name
-    index, _, suffix = name.removeprefix(f"{layers}.").partition(".")
-    return int(index), suffix

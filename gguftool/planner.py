@@ -53,7 +53,8 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     )
     plan.check()
     plan = replace(plan, notes=(*plan.notes, *_rounding(plan)))
-    tensors = tuple(piece.spec for piece in layout.pieces(plan, facts.tensors, encoding.TWINS))
+    predictors = range(facts.block_count - facts.n_predict, facts.block_count)
+    tensors = tuple(piece.spec for piece in layout.pieces(plan, facts.tensors, encoding.TWINS, whole=predictors))
     # A plan that keeps everything gives the stock file, which llama.cpp quantizes with its own fallbacks.
     mix = replace(mix, twins=plan.kept_share < 1)
     encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()

@@ -12,6 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import gguf
@@ -148,9 +149,14 @@ def imatrix_entries(stats: CalibrationStats, kept: Iterable[LayerPlan], specs: I
         match = _EXPERTS.fullmatch(spec.name)
         if match is None:
             if spec.name in stats.linears and spec.name.startswith("blk.") and quantizable(spec):
-                _add(entries, spec, stats.linears[spec.name][None, :], np.array([stats.linear_tokens]))
+                # Where there is a matrix for each head, all of them have the same input.
+                heads = prod(spec.ne[2:])
+                sums = np.tile(stats.linears[spec.name], (heads, 1))
+                _add(entries, spec, sums, np.full(heads, stats.linear_tokens))
             continue
         index = int(match[1])
+        if model.block_count - model.n_predict <= index < model.block_count:
+            continue
         if index not in model.moe_layers:
             raise GgufToolError(f"{spec.name}: the stats have no MoE layer {index}; they are of another model")
         layer, measured = layers[index], model.moe_layers.index(index)

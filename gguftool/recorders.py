@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .errors import GgufToolError
+from .experts import neurons_of, output_of
 from .router_fix import RouterFix
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
@@ -60,13 +60,6 @@ def run_experts(
         gate = top_k_weights.flatten()[slots]
         out.index_add_(0, tokens, run(expert, hidden_states[tokens], gate).to(out.dtype))
     return out
-
-
-def neurons_of(module: nn.Module, expert: int, x: Tensor) -> Tensor:
-    """h = act(gate) * up of one expert for tokens x [n, d]: [n, K]."""
-    gated, up = functional.linear(x, module.get_parameter("gate_up_proj")[expert]).chunk(2, dim=-1)
-    activation: Callable[[Tensor], Tensor] = module.act_fn  # type: ignore[assignment]
-    return activation(gated) * up
 
 
 class ExpertRecorder:
@@ -118,7 +111,7 @@ class ExpertRecorder:
         """One expert on its n tokens x [n, d] with router weights [n]: its weighted output [n, d]; adds to the sums."""
         down = self.module.get_parameter("down_proj")[expert]
         h = neurons_of(self.module, expert, x)
-        f = functional.linear(h, down)
+        f = output_of(self.module, expert, h)
         self._record(expert, x, h, f, gate, down)
         return f * gate[:, None]
 
@@ -217,7 +210,7 @@ class GramRecorder:
             weighted = (h * gate[:, None]).to(self.grams[expert].dtype)
             self.grams[expert].addmm_(weighted.T, weighted)
             self.counts[expert] += len(x)
-        return functional.linear(h, self.module.get_parameter("down_proj")[expert]) * gate[:, None]
+        return output_of(self.module, expert, h) * gate[:, None]
 
     @torch.no_grad()
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -282,15 +275,21 @@ def recording(module: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 def check_layout(module: nn.Module, shape: tuple[int, int, int], layer: int) -> None:
-    """Raises GgufToolError unless the experts are plain stacks: [E, 2K, d] with gate over up, and [E, d, K]."""
+    """Raises GgufToolError unless the experts are plain stacks, [E, 2K, d] and [E, d, K], with or without biases."""
     n_expert, width, n_embd = shape
-    want = {"gate_up_proj": (n_expert, 2 * width, n_embd), "down_proj": (n_expert, n_embd, width)}
+    want: dict[str, tuple[int, ...]] = {
+        "gate_up_proj": (n_expert, 2 * width, n_embd),
+        "down_proj": (n_expert, n_embd, width),
+    }
+    if getattr(module, "has_bias", False):
+        want |= {"gate_up_proj_bias": (n_expert, 2 * width), "down_proj_bias": (n_expert, n_embd)}
     have = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if have != want:
         raise GgufToolError(f"layer {layer}: the experts are laid out as {have}, gguftool reads {want}")
-    other = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
+    other = {"is_transposed": False, "has_gate": True, "has_post_expert_norm": False}
     odd = [name for name, value in other.items() if getattr(module, name, value) != value]
-    if odd or not callable(getattr(module, "act_fn", None)):
+    gated = hasattr(module, "_apply_gate") or callable(getattr(module, "act_fn", None))
+    if odd or not gated:
         raise GgufToolError(f"layer {layer}: experts with {', '.join(odd) or 'no act_fn'} are not supported")
 
 

@@ -27,18 +27,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .checkpoint import Checkpoint
 from .durable import SAVED
 from .errors import GgufToolError
+from .experts import canonical, down_bias, neurons_of, output_of
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
 from .loader import usable_device
 from .memory import DEFAULT_BATCH, MemoryPlan
 from .obs import RIDGE
 from .overrides import Key, Origin, Overrides
 from .plan import LayerPlan, Neurons, PrunePlan
-from .recorders import neurons_of, recording, run_experts
+from .recorders import recording, run_experts
 from .refit import can_refit, solve
 from .routes import CHUNK, Routes, RoutesFile, mapped
 from .stats import Domain
@@ -143,14 +143,15 @@ class _Streams:
     def _fit(self, index: int) -> None:
         """Fits layer `index` and moves the pruned stream behind it."""
         module = self.stream.loader.materialise_layer(index)
-        experts = module.get_submodule(self.checkpoint.architecture.experts)
+        target = module.get_submodule(self.checkpoint.architecture.experts)
+        experts = canonical(target)
         goal, hidden = self.original.hidden(), self.pruned.hidden()
         n_tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
         with ExitStack() as stack:
             given = RoutesFile(self.pruned.path / "inputs.partial", n_tokens, width, self.dtype)
             stack.callback(given.close)
             rest = stack.enter_context(mapped(self.pruned.path / "rest.partial", (n_tokens, width), torch.float32))
-            with recording(experts, _Inputs(experts, given)):
+            with recording(target, _Inputs(experts, given)):
                 for _, part in self.passing.batches:
                     batch = hidden[part].to(device=self.stream.loader.device, dtype=self.dtype)
                     out = self.stream.layer(module, index, batch)
@@ -184,7 +185,7 @@ class _Inputs:
         down = self.module.get_parameter("down_proj")
 
         def run(expert: int, x: Tensor, gate: Tensor) -> Tensor:
-            return functional.linear(neurons_of(self.module, expert, x), down[expert]) * gate[:, None]
+            return output_of(self.module, expert, neurons_of(self.module, expert, x)) * gate[:, None]
 
         return run_experts(hidden_states, top_k_index, top_k_weights, down.shape[0], run)
 
@@ -241,6 +242,9 @@ class LayerFit:
         if len(neurons) < down.shape[1]:
             for chunk, h in self._neurons(expert, rows, weights):
                 self._add(chunk, h @ down.T - h[:, torch.from_numpy(neurons).to(h.device)] @ columns.T)
+        bias = down_bias(self.experts, expert)
+        if bias is not None and not len(neurons):
+            self._add(rows.cpu(), (weights[:, None] * bias).float())
         return columns
 
     def _together(self, expert: int, neurons: Neurons, fitted: Tensor, rows: Tensor, weights: Tensor) -> None:

@@ -85,7 +85,8 @@ class ModelFacts:
     `moe_layers` holds the decoder index of each of the L layers that have experts. `tensors` is every tensor of the
     unpruned GGUF as the converter would write it, so that bytes can be counted before anything is written.
     The router picks from `n_group_used` of `n_group` equal groups of neighbouring experts. `norm_topk` says whether the
-    weights of the chosen experts are made to add up to 1; None in stats of a gguftool that did not look.
+    weights of the chosen experts are made to add up to 1; None in stats of a gguftool that did not look. The last
+    `n_predict` of `block_count` layers predict further tokens (MTP): no plan prunes them.
     """
 
     name: str
@@ -103,6 +104,7 @@ class ModelFacts:
     n_group: int = 1
     n_group_used: int = 1
     norm_topk: bool | None = None
+    n_predict: int = 0
 
 
 @dataclass(frozen=True)

