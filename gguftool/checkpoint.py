@@ -312,8 +312,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
+def lacks_predictors(directory: Path) -> bool:
+    """Whether the family's converter asks for layers of multi-token prediction that this checkpoint was stripped of."""
+    try:
+        checkpoint = open_checkpoint(directory)
+    except GgufToolError:
+        return False  # the converter knows more families, and says what is wrong itself
+    return checkpoint.architecture.predictors == "kept" and not checkpoint.n_predict
 
 
 def _first_line(error: BaseException) -> str:

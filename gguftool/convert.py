@@ -9,6 +9,7 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
+from .checkpoint import lacks_predictors
 from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress, check_output, check_space, replacing
 from .hf_to_gguf import PRE_TOKENIZER
@@ -63,6 +64,8 @@ def convert(
             "--outtype",
             outtype,
         ]
+        if lacks_predictors(model):
+            command.append("--no-nextn")
         code, log = _run(command, environment, progress)
         if code:
             raise GgufToolError(_reason(model, log))

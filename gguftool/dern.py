@@ -268,6 +268,10 @@ def _check(checkpoint: Checkpoint, plan: PrunePlan, threshold: float, match: str
         raise GgufToolError(f"--threshold {threshold} is not a cosine from 0 up to, but without, 1")
     if match not in MATCHES:
         raise GgufToolError(f"--match {match!r} is not one of {', '.join(MATCHES)}")
+    if checkpoint.architecture.expert_bias:
+        raise GgufToolError(
+            f"{checkpoint.architecture.model_type}: its experts have biases, which dern does not merge; take --method reap"
+        )
     if not drops_experts(plan):
         raise GgufToolError("the plan drops no expert: there is nothing to recombine")
     for layer in plan.layers:

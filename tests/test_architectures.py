@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from archs import N_FF, TINY, tiny_checkpoint
 from gguftool import surgery
-from gguftool.architectures import ARCHITECTURES
+from gguftool.architectures import ARCHITECTURES, for_model_type
 from gguftool.calibrate import calibrate
 from gguftool.checkpoint import Checkpoint, open_checkpoint
+from gguftool.convert import convert
+from gguftool.dern import dern
+from gguftool.errors import GgufToolError
+from gguftool.experts import canonical
 from gguftool.forward import LayerStream
 from gguftool.gguf_file import GgufFile
 from gguftool.inspection import check, inspect
 from gguftool.inventory import gguf_tensors
+from gguftool.overrides import Overrides
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
 from gguftool.quantize import QuantizeTool, quantize
 from gguftool.recipe import Recipe
+from gguftool.refit import refit
+from gguftool.sequential import refit_sequentially
 from gguftool.stats import Domain
 from gguftool.writer import prune
 from synthetic import make_plan as plan_of
@@ -115,8 +127,8 @@ def loaded(checkpoint: Checkpoint):
 
 
 @torch.no_grad()
-def run(model) -> np.ndarray:
-    return model(torch.tensor(TOKENS[None])).logits[0].float().numpy()
+def run(model, tokens=TOKENS[None]) -> np.ndarray:
+    return model(torch.tensor(tokens)).logits.flatten(0, 1).float().numpy()
 
 
 def dropped(checkpoint: Checkpoint) -> PrunePlan:
@@ -131,12 +143,23 @@ def dropped(checkpoint: Checkpoint) -> PrunePlan:
 
 
 def masked(checkpoint: Checkpoint, plan: PrunePlan) -> np.ndarray:
+    return run(mask(checkpoint, plan))
+
+
+@torch.no_grad()
+def mask(checkpoint: Checkpoint, plan: PrunePlan, weights: Overrides | None = None):
+    """The torch model with everything masked that the plan prunes, and with refitted down columns."""
     model, retained = loaded(checkpoint), {}
     for layer in plan.layers:
         rows = dict(zip(layer.router, layer.retained, strict=True))
         retained[layer.index] = [rows.get(e, np.arange(0)) for e in range(plan.n_expert)]
+        module = model.get_submodule(f"{checkpoint.architecture.layers}.{layer.index}.{checkpoint.architecture.experts}")
+        down = canonical(module).get_parameter("down_proj")
+        for expert, neurons in rows.items() if weights is not None else ():
+            if (columns := weights.get(layer.index, expert, "down")) is not None:
+                down[expert][:, neurons] = torch.from_numpy(np.array(columns))
     surgery.mask_model(model, retained, {layer.index: layer.router for layer in plan.layers})
-    return run(model)
+    return model
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -145,3 +168,113 @@ def test_the_imatrix_is_taken_by_llama_quantize(name, checkpoints, bases, runtim
     tools = QuantizeTool(runtime.tool("llama-quantize"))
     quantize(bases[name], "IQ4_NL", tmp_path / "out.gguf", imatrix=stats, tools=tools)
     assert GgufFile(tmp_path / "out.gguf").path.stat().st_size < bases[name].stat().st_size / 2
+
+
+@pytest.mark.parametrize("name", ("qwen3_next", "qwen3_5_moe"))
+def test_a_checkpoint_without_its_predictors_is_converted_without_them(name, checkpoints, runtime, tmp_path):
+    directory = shutil.copytree(checkpoints[name], tmp_path / "model")
+    assert open_checkpoint(directory).n_predict == 1
+    tensors = load_file(directory / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if not key.startswith("mtp.")}
+    assert len(kept) < len(tensors)
+    save_file(kept, directory / "model.safetensors", {"format": "pt"})
+    convert(directory, tmp_path / "out.gguf", runtime, pre_tokenizer="qwen2")
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.n_predict == 0
+    assert [(t.name, t.ne) for t in GgufFile(tmp_path / "out.gguf").tensors] == [
+        (t.name, t.ne) for t in gguf_tensors(checkpoint)
+    ]
+
+
+@pytest.mark.parametrize("name", [row.model_type for row in ARCHITECTURES if not row.expert_bias])
+def test_dropped_experts_are_recombined(name, checkpoints, bases, tmp_path):
+    checkpoint = open_checkpoint(checkpoints[name])
+    stats = calibrate(checkpoint, DOMAINS, tmp_path / "work", obs=False)
+    plan = make_plan(stats, Recipe("dern", 0.34))
+    made = dern(checkpoint, plan, tmp_path / "w.safetensors", threshold=0.0)
+    assert sum(layer.found for layer in made.layers) > 0
+    prune(bases[name], plan, tmp_path / "pruned.gguf", overrides=made.weights)
+    assert check(inspect(GgufFile(tmp_path / "pruned.gguf"))) == []
+
+
+@pytest.mark.parametrize("how", [refit, refit_sequentially])
+@pytest.mark.parametrize("name", TINY)
+def test_refits_bring_the_pruned_model_nearer(name, how, checkpoints, bases, tmp_path):
+    """The masked model with the refitted columns, on the calibration text: nearer to the original than without."""
+    checkpoint = open_checkpoint(checkpoints[name])
+    plan = make_plan(calibrate(checkpoint, DOMAINS, tmp_path / "work"), Recipe("global", 0.3, align=8))
+    weights = how(checkpoint, plan, DOMAINS, tmp_path / "refit")
+    prune(bases[name], plan, tmp_path / "pruned.gguf", overrides=weights)
+    want = run(loaded(checkpoint), WINDOWS)
+    apart = [float(np.square(run(mask(checkpoint, plan, new), WINDOWS) - want).mean()) for new in (None, weights)]
+    assert apart[1] < 0.95 * apart[0]
+
+
+def test_experts_with_biases_are_not_recombined(checkpoints, tmp_path):
+    checkpoint = open_checkpoint(checkpoints["gpt_oss"])
+    plan = make_plan(calibrate(checkpoint, DOMAINS, tmp_path / "work", obs=False), Recipe("dern", 0.34))
+    with pytest.raises(GgufToolError, match="gpt_oss: its experts have biases"):
+        dern(checkpoint, plan, tmp_path / "w.safetensors")
+
+
+def test_experts_in_mxfp4_are_read_as_llama_cpp_reads_them(checkpoints, runtime, tmp_path):
+    """gpt-oss as it is on the hub: 4-bit blocks and scales, the rest in BF16; converted, calibrated and pruned."""
+    directory, base = in_mxfp4(checkpoints["gpt_oss"], tmp_path / "model"), tmp_path / "base.gguf"
+    run_converter([str(directory), str(base), "auto"], runtime)
+    checkpoint, file = open_checkpoint(directory), GgufFile(base)
+    written = [(spec.name, spec.ne, spec.type) for spec in file.tensors]
+    assert [(spec.name, spec.ne, spec.type) for spec in gguf_tensors(checkpoint)] == written
+    stacks = {spec.name: spec for spec in file.tensors if spec.type == "MXFP4"}
+    assert len(stacks) == 9
+    module = canonical(LayerStream(checkpoint).loader.materialise_layer(1).get_submodule("mlp.experts"))
+    for role, rows in (("gate", slice(0, None, 2)), ("up", slice(1, None, 2)), ("down", slice(None))):
+        values = dequantize(file.raw(stacks[f"blk.1.ffn_{role}_exps.weight"]), GGMLQuantizationType.MXFP4)
+        ours = module.get_parameter("down_proj" if role == "down" else "gate_up_proj")[:, rows]
+        assert np.array_equal(ours.float().numpy(), values)
+        for expert in range(6):
+            assert np.array_equal(checkpoint.expert(1, expert)[role].numpy(), values[expert])
+    plan = make_plan(calibrate(checkpoint, DOMAINS, tmp_path / "work"), Recipe("global", 0.4))
+    prune(base, plan, tmp_path / "pruned.gguf", ggml=runtime.library("ggml-base"))
+    assert check(inspect(GgufFile(tmp_path / "pruned.gguf"))) == []
+    whole, ours = logits(runtime, TOKENS, tmp_path, base, tmp_path / "pruned.gguf")
+    assert np.isfinite(ours).all() and difference(ours, whole) > 0.05
+
+
+def in_mxfp4(source: Path, out: Path) -> Path:
+    """A copy of a gpt-oss checkpoint in which experts are random MXFP4 and all else is BF16."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    random = torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = blocks
+        tensors[f"{name}_scales"] = torch.randint(121, 125, blocks.shape[:3], generator=random, dtype=torch.uint8)
+    tensors = {name: v.bfloat16() if v.is_floating_point() else v for name, v in tensors.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq"])
+def test_other_quantized_checkpoints_are_refused_with_what_to_take(method, checkpoints, tmp_path):
+    directory = shutil.copytree(checkpoints["deepseek_v3"], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GgufToolError, match=rf"quantized already \({method}\).*copy in BF16"):
+        open_checkpoint(directory)
+
+
+def test_a_variant_whose_routing_llama_cpp_does_not_have_is_refused(checkpoints, tmp_path):
+    directory = shutil.copytree(checkpoints["deepseek_v2"], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text()) | {"topk_method": "group_limited_greedy"}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GgufToolError, match="group_limited_greedy.*scores the groups"):
+        open_checkpoint(directory)
+
+
+def test_an_architecture_without_a_row_is_refused_with_how_to_add_one():
+    with pytest.raises(GgufToolError, match=r"'dbrx'.*known are .*qwen3_moe.*lacks a row in gguftool/architectures.py"):
+        for_model_type("dbrx")
