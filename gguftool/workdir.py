@@ -202,6 +202,9 @@ class WorkDir:
 
 def clear_leftovers(work_dir: Path, out: Path) -> None:
     """Removes the work directory of a run that was killed behind the saving of its result `out`."""
+    with suppress(OSError):
+        # Killed between the last file and the folder: an empty one holds nothing to go on from.
+        work_dir.rmdir()
     if not is_saved(work_dir, out):
         return
     with _stated(work_dir):

@@ -59,5 +59,8 @@ def test_a_result_that_was_saved_takes_its_state_along(tmp_path):
     assert work.is_dir()  # another file is not its result, whatever is in it
     clear_leftovers(work, out)
     assert not work.exists() and out.read_text() == "result"
+    work.mkdir()
+    clear_leftovers(work, out)
+    assert not work.exists()  # killed in front of the last step
     with pytest.raises(GgufToolError, match="work directory cannot be written"):
         WorkDir(out, {}, (1, 2, 3), torch.float32)
