@@ -11,7 +11,7 @@ they are no sums: two halves of a calibration do not add up to the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +24,7 @@ MIN_STEPS = 128
 
 
 @torch.no_grad()
-def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
+def costs(grams: Tensor, downs: Iterable[Tensor], tokens: Tensor) -> Tensor:
     """What every neuron costs at the moment when it goes, float64 [E, K].
 
     Sorting an expert's neurons by it gives the order in which they go, where it saw 2K tokens or more. Costs rise along the
@@ -33,7 +33,7 @@ def costs(grams: Tensor, downs: Tensor, tokens: Tensor) -> Tensor:
     that proportion with that of removing a neuron and leaving the others alone, C_kk ||W_:k||^2.
 
     Args:
-        grams: C, [E, K, K]. downs: W, [E, d, K]. tokens: N, how many tokens each C runs over, [E].
+        grams: C, [E, K, K]. downs: W of each of the E experts, [d, K]. tokens: N, how many tokens each C runs over, [E].
     """
     # One expert at a time stays in the caches, and matrices as small as these lose by being shared among threads.
     with _one_thread():
