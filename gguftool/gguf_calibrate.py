@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .calibrate import OBS_BYTES
+from .ggml_nodes import ggml_path
 from .gguf_file import Progress
 from .gguf_model import GgufModel
 from .gguf_pass import SAVE_SECONDS, Arrays, Corpus, GgufPasses, Stage, StageDir, check_memory, groups, norm_topk
-from .llama_observer import Routed, ggml_path
+from .llama_observer import Routed
 from .obs import costs
 from .recorders import ExpertSums, LinearRecorder, add_gram, routed
 from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS, CalibrationStats, Domain
@@ -85,7 +86,9 @@ def obs_bytes(model: GgufModel) -> int:
 
 def _stats(model: GgufModel, corpus: Corpus, arrays: Arrays, neurons: Sequence[str]) -> CalibrationStats:
     layers = model.moe_layers
-    residual = arrays["residual"] if np.array_equal(arrays["residual_tokens"], [corpus.windows.size] * len(layers)) else None
+    residual = (
+        arrays["residual"] if np.array_equal(arrays["residual_tokens"], [corpus.windows.size] * len(layers)) else None
+    )
     linears = {name.removeprefix("linear."): v for name, v in arrays.items() if name.startswith("linear.")}
     # A matrix that not every token runs through has no place in sums over all tokens.
     linears = {name: v for name, v in linears.items() if arrays[f"tokens.{name}"] == corpus.windows.size}

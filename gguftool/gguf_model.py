@@ -129,7 +129,10 @@ def open_gguf(path: Path) -> GgufModel:
     downs = {
         name.layer: spec
         for spec in file.tensors
-        if (name := parse(spec.name)) and name.role == "down" and name.suffix == "weight" and name.layer not in predictors
+        if (name := parse(spec.name))
+        and name.role == "down"
+        and name.suffix == "weight"
+        and name.layer not in predictors
     }
     if not downs:
         raise GgufToolError(f"{path}: a dense model: it has no routed experts, so there is nothing to prune")
@@ -147,10 +150,8 @@ def open_gguf(path: Path) -> GgufModel:
     embedding = next((spec for spec in file.tensors if spec.name == "token_embd.weight"), None)
     if embedding is None:
         raise GgufToolError(f"{path}: has no token_embd.weight; not a model that gguftool can use")
-    name = re.sub(r"[^A-Za-z0-9.+_-]+", "-", str(file.value("general.name", "") or path.stem)).strip("-")
-    return GgufModel(
-        file, name or "model", _fingerprint(file), layers, n_expert, used, width, n_embd, embedding.ne[1]
-    )
+    title = re.sub(r"[^A-Za-z0-9.+_-]+", "-", str(file.value("general.name", "") or path.stem)).strip("-")
+    return GgufModel(file, title or "model", _fingerprint(file), layers, n_expert, used, width, n_embd, embedding.ne[1])
 
 
 def _fingerprint(file: GgufFile) -> str:

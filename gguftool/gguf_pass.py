@@ -130,6 +130,11 @@ class StageDir:
         found: Arrays = load_file(self.stage_path(stage))
         return found
 
+    def names(self, stage: int) -> list[str]:
+        """The names of a finished stage's results, sorted; its header is read only."""
+        with safe_open(self.stage_path(stage), "numpy") as file:
+            return sorted(file.keys())
+
     def resume(self, stage: int, into: Stage) -> int:
         """Gives a stage the sums that were saved of it; returns how many batches they run over."""
         running = self.path / "running.safetensors"

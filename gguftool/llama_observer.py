@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,26 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import GgufToolError
+from .ggml_nodes import CALLBACK, Ggml, address, ggml_path
 from .perplexity import Session
 
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
-_NUMPY = {0: np.float32, 1: np.float16, 26: np.int32}  # ggml.h, `enum ggml_type`
 _F32 = 0
 _FLASH_ATTENTION_OFF = 0
-
-
-class _GgmlTensor(ctypes.Structure):
-    """ggml.h, `struct ggml_tensor`."""
-
-
-_GgmlTensor._fields_ = [
-    ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_GgmlTensor) * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64), ("extra", ctypes.c_void_p), ("padding", ctypes.c_char * 8),
-]  # fmt: skip
-_OBJECT_BYTES = 32  # `struct ggml_object`, which ggml_tensor_overhead counts too
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(_GgmlTensor), ctypes.c_bool, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)
@@ -95,54 +80,10 @@ class Sink(Protocol):
         ...
 
 
-def ggml_path(llama: Any) -> Path:
-    """The ggml library beside the libllama that was loaded."""
-    folder = Path(llama.llama_cpp._lib._name).parent
-    for pattern in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
-        if (folder / pattern).exists():
-            return folder / pattern
-    raise GgufToolError(f"{folder}: no ggml library beside llama.cpp; run `gguftool runtime build` first")
-
-
-class _Ggml:
-    """What is used of ggml."""
-
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        self._library.ggml_tensor_overhead.restype = ctypes.c_size_t
-        self._library.ggml_op_name.restype = ctypes.c_char_p
-        self._library.ggml_backend_buffer_is_host.restype = ctypes.c_bool
-        self._library.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
-        self._library.ggml_backend_tensor_get.argtypes = [
-            ctypes.POINTER(_GgmlTensor), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t,
-        ]  # fmt: skip
-        if self._library.ggml_tensor_overhead() != _OBJECT_BYTES + ctypes.sizeof(_GgmlTensor):
-            raise GgufToolError(f"{library}: this ggml lays out its tensors in another way than gguftool reads them")
-        self._is_host = cache(self._library.ggml_backend_buffer_is_host)
-
-    def op(self, name: str) -> int:
-        """The number of an operation."""
-        return next(i for i in range(256) if self._library.ggml_op_name(i) == name.encode())
-
-    def read(self, tensor: Any) -> NDArray[Any]:
-        """A copy of a node's values, the dimensions of `ne` reversed."""
-        node = tensor.contents
-        if node.type not in _NUMPY:
-            raise GgufToolError(f"{node.name.decode()}: values of ggml's type {node.type} are not read here")
-        kind = np.dtype(_NUMPY[node.type])
-        span = kind.itemsize + sum((n - 1) * step for n, step in zip(node.ne, node.nb, strict=True))
-        if self._is_host(node.buffer):
-            data = (ctypes.c_char * span).from_address(node.data)
-        else:
-            data = (ctypes.c_char * span)()
-            self._library.ggml_backend_tensor_get(tensor, data, 0, span)
-        return np.ndarray(tuple(node.ne)[::-1], kind, data, strides=tuple(node.nb)[::-1]).copy()
-
-
 class _Watcher:
     """The callback's state while one batch runs."""
 
-    def __init__(self, ggml: _Ggml, sink: Sink) -> None:
+    def __init__(self, ggml: Ggml, sink: Sink) -> None:
         self.ggml, self.sink = ggml, sink
         self.mul_mat, self.mul_mat_id = ggml.op("MUL_MAT"), ggml.op("MUL_MAT_ID")
         self.mul, self.add_id = ggml.op("MUL"), ggml.op("ADD_ID")
@@ -158,9 +99,13 @@ class _Watcher:
         """Whether the values of a node are needed; it has not been computed yet."""
         if node.op == self.mul_mat_id:
             match = _STACK.fullmatch(node.src[0].contents.name.decode())
-            return bool(match) and int(match[1]) in self.sink.layers and (match[2] == "down" or int(match[1]) not in self._x)
+            return (
+                match is not None
+                and int(match[1]) in self.sink.layers
+                and (match[2] == "down" or int(match[1]) not in self._x)
+            )
         if node.op in (self.mul, self.add_id) and self._output:
-            return _address(node.src[0]) == self._output
+            return address(node.src[0]) == self._output
         name = node.name.decode(errors="replace")
         if name.startswith(("ffn_moe_weights_norm-", "ffn_moe_weights_softmax-")):
             self.norm_topk = True
@@ -180,7 +125,7 @@ class _Watcher:
             self._stack(tensor, int(match[1]), match[2])
         elif node.op == self.mul_mat:
             self.sink.matrix(node.src[0].contents.name.decode(), self._rows(node.src[1]))
-        elif self._output and _address(node.src[0]) == self._output:
+        elif self._output and address(node.src[0]) == self._output:
             self._follow(tensor)
         else:
             values = self._floats(tensor)
@@ -200,7 +145,7 @@ class _Watcher:
             return
         self.finish()
         chosen = torch.from_numpy(self.ggml.read(node.src[2])[0, 0]).long()
-        self._layer, self._output = layer, _address(tensor)
+        self._layer, self._output = layer, address(tensor)
         self._pending = {
             "x": self._x.pop(layer),
             "chosen": chosen,
@@ -214,7 +159,7 @@ class _Watcher:
         if node.op == self.mul and node.name.startswith(b"ffn_moe_weighted"):
             self._give(self._floats(node.src[1])[0, :, :, 0])
             return
-        self._output = _address(tensor)
+        self._output = address(tensor)
         if self.sink.whole:
             self._pending["f"] = self._floats(tensor)[0]
 
@@ -230,15 +175,11 @@ class _Watcher:
 
     def _rows(self, tensor: Any) -> Tensor:
         """The values as [T, columns]; those of a source that several matrices share are read once."""
-        address = _address(tensor)
-        if self._shared is None or self._shared[0] != address:
+        source = address(tensor)
+        if self._shared is None or self._shared[0] != source:
             values = self._floats(tensor)
-            self._shared = (address, values.reshape(-1, values.shape[-1]))
+            self._shared = (source, values.reshape(-1, values.shape[-1]))
         return self._shared[1]
-
-
-def _address(tensor: Any) -> int:
-    return ctypes.cast(tensor, ctypes.c_void_p).value or 0
 
 
 class LlamaRun:
@@ -250,10 +191,10 @@ class LlamaRun:
     def __init__(self, session: Session, path: Path, n_ctx: int, batch: int) -> None:
         """`n_ctx`: tokens of a window; `batch`: most windows that run at once, each a sequence of its own."""
         self._session, self._llama, self._path, self._n_ctx, self._size = session, session.llama, path, n_ctx, batch
-        self._ggml = _Ggml(ggml_path(session.llama))
+        self._ggml = Ggml(ggml_path(session.llama))
         self._watcher: _Watcher | None = None
         self._error: BaseException | None = None
-        self._callback = _CALLBACK(self._called)
+        self._callback = CALLBACK(self._called)
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None

