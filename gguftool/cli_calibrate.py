@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,9 +14,14 @@ from .cli_options import (
     force_option,
     make_terminal,
     n_ctx_option,
+    open_gguf_model,
     output_options,
     windows_option,
 )
+
+if TYPE_CHECKING:
+    from .stats import CalibrationStats
+    from .terminal import Terminal
 
 
 @click.command()
@@ -38,21 +44,37 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
 
+    MODEL is a checkpoint directory, or a GGUF, which llama.cpp runs; that takes several passes where the second moments of
+    its layers do not fit into memory together.
+
     Stopped, it goes on where it was when it is started again with the same arguments.
     """
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output
+    from .gguf_model import is_gguf
 
     check_output(out, force, *data)
     terminal = make_terminal(as_json, quiet)
+    scratch = out.with_name(out.name + ".work")
+    if is_gguf(model):
+        from .gguf_calibrate import calibrate_gguf
+
+        opened, tokenizer, llama = open_gguf_model(model, device)
+        domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+        with terminal.progress() as progress:
+            stats = calibrate_gguf(opened, domains, scratch, llama=llama, obs=obs, progress=progress, out=out)
+        _show(terminal, stats, out)
+        return
     checkpoint = open_checkpoint(model)
-    tokenizer = checkpoint.tokenizer()
-    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    domains = [load_domain(path, checkpoint.tokenizer(), n_ctx, windows) for path in data]
     with terminal.progress() as progress:
-        scratch = out.with_name(out.name + ".work")
         stats = run(checkpoint, domains, scratch, device=device, obs=obs, progress=progress, out=out)
+    _show(terminal, stats, out)
+
+
+def _show(terminal: Terminal, stats: CalibrationStats, out: Path) -> None:
     facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
     unrouted = int((stats.expert("count") == 0).sum())
     terminal.show(

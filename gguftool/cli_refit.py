@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,9 +14,14 @@ from .cli_options import (
     force_option,
     make_terminal,
     n_ctx_option,
+    open_gguf_model,
     output_options,
     windows_option,
 )
+
+if TYPE_CHECKING:
+    from .overrides import Overrides
+    from .terminal import Terminal
 
 
 @click.command()
@@ -40,11 +46,13 @@ def refit(
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
 
-    After a drop of whole experts it takes back how much the weights of a router without renormalisation grow.
+    MODEL is the checkpoint directory or the GGUF that was calibrated. After a drop of whole experts it takes back how much
+    the weights of a router without renormalisation grow.
     """
     from .checkpoint import open_checkpoint
     from .corpus import load_domain
     from .gguf_file import check_output
+    from .gguf_model import is_gguf
     from .methods import method
     from .plan import PrunePlan
     from .refit import refit as plainly
@@ -52,6 +60,10 @@ def refit(
 
     check_output(out, force, plan_path, *data)
     terminal = make_terminal(as_json, quiet)
+    if is_gguf(model):
+        made = _refit_gguf(model, plan_path, data, out, how, n_ctx, windows, device, terminal)
+        _save(terminal, made, out)
+        return
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
     routed = all(len(layer.router) == plan.n_expert for layer in plan.layers)
     how = how or (method(plan.recipe.method).refitted if routed else "plain")
@@ -60,6 +72,31 @@ def refit(
     domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
     with terminal.progress() as progress:
         made = run(checkpoint, plan, domains, out.with_name(out.name + ".work"), device=device, progress=progress)
+    _save(terminal, made, out)
+
+
+def _refit_gguf(
+    model: Path, plan_path: Path, data: tuple[Path, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
+    device: str, terminal: Terminal,
+) -> Overrides:  # fmt: skip
+    from .corpus import load_domain
+    from .errors import GgufToolError
+    from .gguf_refit import NO_SEQUENTIAL, refit_gguf
+    from .methods import method
+    from .plan import PrunePlan
+
+    if how == "sequential":
+        raise GgufToolError(f"--how sequential: {NO_SEQUENTIAL}; take --how plain")
+    plan = PrunePlan.load(plan_path)
+    if how is None and method(plan.recipe.method).refitted == "sequential":
+        terminal.say(f"refitting plainly: {NO_SEQUENTIAL}")
+    opened, tokenizer, llama = open_gguf_model(model, device)
+    domains = [load_domain(path, tokenizer, n_ctx, windows) for path in data]
+    with terminal.progress() as progress:
+        return refit_gguf(opened, plan, domains, out.with_name(out.name + ".work"), llama=llama, progress=progress)
+
+
+def _save(terminal: Terminal, made: Overrides, out: Path) -> None:
     count = len(made)
     made.save(out)
     terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")

@@ -109,7 +109,7 @@ class GgufModel:
 
 def is_gguf(path: Path) -> bool:
     """Whether a model that was named is one file: a GGUF, and no checkpoint directory."""
-    return path.suffix == ".gguf" or path.is_file()
+    return not path.is_dir() and (path.suffix == ".gguf" or path.is_file())
 
 
 def open_gguf(path: Path) -> GgufModel:
