@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,18 +81,10 @@ class GgufModel:
             n_group_used=max(1, file.arch_integer("expert_group_used_count", 1)), norm_topk=self.norm_topk,
         )  # fmt: skip
 
-    def down(self, layer: int, expert: int, ggml: Path, *, scaled: bool = True) -> Tensor:
-        """The down projection of an expert, float32 [d, K].
-
-        With `scaled`, times the number that some architectures multiply an expert's output by, so that it is what the
-        output is made of; without, as it stands in the file. `ggml` is the library that reads quantized rows.
-        """
+    def down(self, layer: int, expert: int, ggml: Path) -> Tensor:
+        """The down projection of an expert, float32 [d, K]. `ggml` is the library that reads quantized rows."""
         spec = self._spec(f"blk.{layer}.ffn_down_exps.weight")
-        matrix = torch.from_numpy(dequantize_rows(self.file.raw(spec)[expert], spec.type, ggml))
-        name = f"blk.{layer}.ffn_down_exps.scale"
-        if not scaled or not self.file.has(name):
-            return matrix
-        return matrix * float(self.file.raw(self._spec(name)).view(np.float32)[expert])
+        return torch.from_numpy(dequantize_rows(self.file.raw(spec)[expert], spec.type, ggml))
 
     def router(self, layer: int, ggml: Path) -> Tensor:
         """A layer's router, float32 [E, d]. Raises GgufToolError where it has none of its own."""

@@ -98,8 +98,7 @@ class _Fit:
         self._fits: dict[int, GramSums] = {}
         for layer in (layer for layer in plan.layers if layer.index in layers):
             index = layer.index
-            # As it stands in the file: a scale that the file has beside it stays there.
-            down = partial(model.down, index, ggml=ggml, scaled=False)
+            down = partial(model.down, index, ggml=ggml)
             narrowed = narrowed_experts(plan, index)
             if index not in grown:
                 self._fits[index] = GramSums(down, narrowed, solve)

@@ -37,7 +37,8 @@ class Routed:
 
     Attributes:
         x: what the experts were given, [T, 1, d], or [T, k, d] where it is not the same for all.
-        chosen: int64 [T, k]. weights: what their outputs are multiplied by, [T, k].
+        chosen: int64 [T, k]. weights: what their outputs are multiplied by, [T, k]; the number that some architectures
+            have for each expert is part of it.
         h: neurons, [T, k, K]. f: outputs before the weights, [T, k, d], or None where they were not wanted.
     """
 
@@ -91,6 +92,7 @@ class _Watcher:
         self._layer: int | None = None
         self._x: dict[int, Tensor] = {}
         self._pending: dict[str, Any] = {}
+        self._pending_weights = torch.ones(())
         self._output = 0
         self._shared: tuple[int, Tensor] | None = None
         self._left = set(sink.layers)
@@ -136,7 +138,7 @@ class _Watcher:
     def finish(self) -> None:
         """The graph has been computed: gives on what waits for weights that are not applied behind the experts."""
         if self._pending:
-            self._give(torch.ones(self._pending["chosen"].shape))
+            self._give(self._pending_weights)
 
     def _stack(self, tensor: Any, layer: int, role: str) -> None:
         node = tensor.contents
@@ -146,6 +148,7 @@ class _Watcher:
         self.finish()
         chosen = torch.from_numpy(self.ggml.read(node.src[2])[0, 0]).long()
         self._layer, self._output = layer, address(tensor)
+        self._pending_weights = torch.ones(chosen.shape)
         self._pending = {
             "x": self._x.pop(layer),
             "chosen": chosen,
@@ -154,14 +157,17 @@ class _Watcher:
         }
 
     def _follow(self, tensor: Any) -> None:
-        """What is done with the experts' outputs: biases and scales first, the router's weights last."""
+        """What is done with the experts' outputs: biases and numbers of the experts first, the router's weights last."""
         node = tensor.contents
-        if node.op == self.mul and node.name.startswith(b"ffn_moe_weighted"):
-            self._give(self._floats(node.src[1])[0, :, :, 0])
-            return
+        if node.op == self.mul:
+            weights = self._pending_weights * self._floats(node.src[1])[0, :, :, 0]
+            if node.name.startswith(b"ffn_moe_weighted"):
+                self._give(weights)
+                return
+            self._pending_weights = weights
+        elif self.sink.whole:
+            self._pending["f"] = self._floats(tensor)[0] / self._pending_weights[..., None]
         self._output = address(tensor)
-        if self.sink.whole:
-            self._pending["f"] = self._floats(tensor)[0]
 
     def _give(self, weights: Tensor) -> None:
         assert self._layer is not None

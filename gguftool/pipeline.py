@@ -301,7 +301,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
         lambda path: prune(base, plan, path, ggml=job.runtime.ggml, overrides=weights, progress=job.progress),
     )
     if target is None or source.has_encoding(target):
-        return Built(label, plan, source.encoding, pruned, notes)
+        return Built(f"{label} {target}" if target else label, plan, source.encoding, pruned, notes)
     final = work.step(
         f"{stem}-{target}.gguf",
         kept | {"target": target, "runtime": job.runtime.path.name},
@@ -404,6 +404,8 @@ def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") 
     rivals = [quantize_base(job, work, source, target)] if target and quantized else []
     assert built.plan is not None
     notes = [built.plan.formula, *built.plan.notes, *built.notes]
+    if isinstance(source.model, GgufModel) and source.model.is_quantized:
+        notes.append(f"the original here is {source.encoding} itself: what that had cost before is in no number")
     report = judge(job, source.base, [built, *rivals], source.stats.model.name, notes)
     report.save(out)
     return report
