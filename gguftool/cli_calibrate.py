@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,10 +15,16 @@ from .cli_options import (
     make_terminal,
     memory_options,
     n_ctx_option,
+    open_gguf_model,
     output_options,
     windows_option,
 )
+from .errors import GgufToolError
 from .sources import Source, files
+
+if TYPE_CHECKING:
+    from .stats import CalibrationStats
+    from .terminal import Terminal
 
 
 @click.command()
@@ -43,14 +50,15 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Measure which experts and neurons the texts need: one pass, one layer in memory at a time.
 
-    Stopped or killed, it goes on where it was when it is started again with the same arguments. Under torchrun the
-    processes share the windows.
+    MODEL is a checkpoint directory, or a GGUF, which llama.cpp runs; that takes several passes where the second moments of
+    its layers do not fit into memory together. Stopped or killed, it goes on where it was when it is started again with the
+    same arguments. Under torchrun the processes share the windows of a checkpoint.
     """
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
-    from .coverage import coverage
     from .gguf_file import check_output
+    from .gguf_model import is_gguf
     from .loader import usable_device
     from .memory import parse_bytes, parse_dtype, plan_memory
     from .parts import parse_part, part_of
@@ -58,6 +66,9 @@ def calibrate(
     from .ranks import joined
     from .workdir import clear_leftovers
 
+    if is_gguf(model):
+        _calibrate_gguf(model, data, out, obs, n_ctx, windows, part, device, dtype, memory, force, as_json, quiet)
+        return
     silent = process_rank() > 0
     terminal = make_terminal(as_json, quiet or silent)
     scratch = out.with_name(out.name + ".work")
@@ -93,6 +104,43 @@ def calibrate(
             )
     if silent:
         return
+    _show(terminal, stats, out)
+
+
+def _calibrate_gguf(
+    model: Path, data: tuple[Source, ...], out: Path, obs: bool, n_ctx: int, windows: int | None, part: str | None,
+    device: str, dtype: str, memory: str | None, force: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from .corpus import load_domains
+    from .gguf_calibrate import calibrate_gguf
+    from .gguf_file import check_output
+    from .memory import parse_bytes
+    from .parts import parse_part, part_of
+    from .processes import process_count
+
+    if process_count() > 1:
+        raise GgufToolError("a GGUF is run by llama.cpp in one process; start it without torchrun, or with --part")
+    if dtype != "auto":
+        raise GgufToolError(f"--dtype {dtype}: a GGUF is run by llama.cpp in its own types; leave it out")
+    check_output(out, force, *files(data))
+    terminal = make_terminal(as_json, quiet)
+    limit = parse_bytes(memory) if memory is not None else None
+    chosen = parse_part(part) if part is not None else None
+    opened, tokenizer, llama = open_gguf_model(model, device)
+    domains = load_domains(data, tokenizer, n_ctx, windows)
+    if chosen is not None:
+        domains = part_of(domains, *chosen)
+    with terminal.progress() as progress:
+        stats = calibrate_gguf(
+            opened, domains, out.with_name(out.name + ".work"), llama=llama, obs=None if obs else False, memory=limit,
+            progress=progress, out=out,
+        )  # fmt: skip
+    _show(terminal, stats, out)
+
+
+def _show(terminal: Terminal, stats: CalibrationStats, out: Path) -> None:
+    from .coverage import coverage
+
     facts = {"path": str(out), "tokens": stats.tokens, "layers": len(stats.model.moe_layers)}
     seen = coverage(stats)
     unrouted = int((stats.expert("count") == 0).sum())

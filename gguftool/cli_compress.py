@@ -53,7 +53,10 @@ def compress(
     n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, dtype: str,
     memory: str | None, backend: str, as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end."""
+    """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end.
+
+    MODEL is a checkpoint directory, or a GGUF, which is then not converted.
+    """
     from .pipeline import Job
     from .pipeline import compress as run
 

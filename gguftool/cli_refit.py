@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,10 +15,15 @@ from .cli_options import (
     make_terminal,
     memory_options,
     n_ctx_option,
+    open_gguf_model,
     output_options,
     windows_option,
 )
 from .sources import Source, files
+
+if TYPE_CHECKING:
+    from .overrides import Overrides
+    from .terminal import Terminal
 
 
 @click.command()
@@ -43,11 +49,13 @@ def refit(
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
 
-    After a drop of whole experts it takes back how much the weights of a router without renormalisation grow.
+    MODEL is the checkpoint directory or the GGUF that was calibrated. After a drop of whole experts it takes back how much
+    the weights of a router without renormalisation grow.
     """
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
     from .gguf_file import check_output
+    from .gguf_model import is_gguf
     from .loader import usable_device
     from .memory import parse_bytes, parse_dtype
     from .methods import method
@@ -61,6 +69,10 @@ def refit(
     clear_leftovers(scratch, out)
     check_output(out, force, plan_path, *files(data))
     terminal = make_terminal(as_json, quiet)
+    if is_gguf(model):
+        made = _refit_gguf(model, plan_path, data, out, how, n_ctx, windows, device, dtype, memory, terminal)
+        _save(terminal, made, out)
+        return
     limit, kind = parse_bytes(memory) if memory is not None else None, parse_dtype(dtype)
     usable_device(device, solves=True)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
@@ -74,6 +86,37 @@ def refit(
         terminal.say(str(needs))
     with terminal.progress() as progress:
         made = run(checkpoint, plan, domains, scratch, device=device, how=needs, progress=progress)
+    _save(terminal, made, out)
+
+
+def _refit_gguf(
+    model: Path, plan_path: Path, data: tuple[Source, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
+    device: str, dtype: str, memory: str | None, terminal: Terminal,
+) -> Overrides:  # fmt: skip
+    from .corpus import load_domains
+    from .errors import GgufToolError
+    from .gguf_refit import NO_SEQUENTIAL, refit_gguf
+    from .memory import parse_bytes
+    from .methods import method
+    from .plan import PrunePlan
+
+    if how == "sequential":
+        raise GgufToolError(f"--how sequential: {NO_SEQUENTIAL}; take --how plain")
+    if dtype != "auto":
+        raise GgufToolError(f"--dtype {dtype}: a GGUF is run by llama.cpp in its own types; leave it out")
+    limit = parse_bytes(memory) if memory is not None else None
+    plan = PrunePlan.load(plan_path)
+    if how is None and method(plan.recipe.method).refitted == "sequential":
+        terminal.say(f"refitting plainly: {NO_SEQUENTIAL}")
+    opened, tokenizer, llama = open_gguf_model(model, device)
+    domains = load_domains(data, tokenizer, n_ctx, windows)
+    with terminal.progress() as progress:
+        return refit_gguf(
+            opened, plan, domains, out.with_name(out.name + ".work"), llama=llama, memory=limit, progress=progress
+        )
+
+
+def _save(terminal: Terminal, made: Overrides, out: Path) -> None:
     count = len(made)
     made.save(out)
     terminal.show({"path": str(out), "experts": count}, f"{out}: {count} experts refitted")

@@ -7,7 +7,7 @@ experts records what it sees. After every layer the work directory is a complete
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,10 @@ from .loader import LayerLoader
 from .ranks import ALONE, Ranks
 from .recorders import LinearRecorder, Recorder, recording
 from .stats import SOLVED, WEIGHT_NORMS, Domain
+from .windows import Windows, batches, check_domains
 from .workdir import WorkDir
 
 Progress = Callable[[int, int, str], None]
-Windows = NDArray[np.int64]
 Arrays = dict[str, NDArray[Any]]
 # What of a layer is no sum, by the names that a recorder gives: maxima, and what every rank has alike.
 LARGEST = ("expert.max_out",)
@@ -138,7 +138,8 @@ class LayeredPass:
         if batch < 1:
             raise GgufToolError(f"a batch of {batch} windows makes no progress; it takes at least 1")
         self.stream, self.checkpoint = stream, stream.checkpoint
-        self.n_ctx = _check_domains(stream.checkpoint, domains)
+        longest = getattr(stream.checkpoint.config, "max_position_embeddings", None)
+        self.n_ctx = check_domains(domains, longest, stream.checkpoint.n_vocab)
         self.record, self.linears = record, linears
         self.ranks, self.tokens = ranks, sum(windows.size for _, windows in domains)
         parts = [windows[ranks.share(len(windows))] for _, windows in domains]
@@ -148,7 +149,7 @@ class LayeredPass:
                 f"{ranks.count} processes, and {self.tokens // self.n_ctx} windows of text: one has nothing to do; "
                 "start fewer, or give more text"
             )
-        self.batches = list(_batches([len(windows) for windows in parts], batch))
+        self.batches = list(batches([len(windows) for windows in parts], batch))
         self.shape = (*self.windows.shape, self.checkpoint.n_embd)
         self.progress = progress or (lambda done, total, text: None)
 
@@ -269,37 +270,6 @@ def _matrices(checkpoint: Checkpoint, layer: nn.Module, index: int) -> dict[str,
         if weight is not None and weight.ndim == 2:
             found |= dict.fromkeys(matrices(checkpoint, checkpoint.layer_name(index, f"{path}.weight")), module)
     return found
-
-
-def _batches(windows: Sequence[int], size: int) -> Iterator[tuple[int, slice]]:
-    """(domain, windows) of at most `size` windows of one domain each, in order."""
-    start = 0
-    for domain, count in enumerate(windows):
-        for offset in range(0, count, size):
-            yield domain, slice(start + offset, start + min(offset + size, count))
-        start += count
-
-
-def _check_domains(checkpoint: Checkpoint, domains: Sequence[tuple[Domain, Windows]]) -> int:
-    """The context length of the windows. Raises GgufToolError for windows that the model cannot be run on."""
-    if not domains:
-        raise GgufToolError("no calibration text was given")
-    lengths = {windows.shape[1] for _, windows in domains}
-    if len(lengths) != 1:
-        raise GgufToolError(f"the texts were cut into windows of different lengths: {sorted(lengths)}")
-    n_ctx = int(lengths.pop())
-    longest = getattr(checkpoint.config, "max_position_embeddings", None)
-    if longest is not None and n_ctx > longest:
-        raise GgufToolError(f"a context of {n_ctx} tokens is more than the model's {longest}")
-    for domain, windows in domains:
-        if domain.tokens != windows.size or not windows.size:
-            raise GgufToolError(f"{domain.name}: {windows.size} tokens in windows, {domain.tokens} stated")
-        if windows.min() < 0 or windows.max() >= checkpoint.n_vocab:
-            raise GgufToolError(
-                f"{domain.name}: token ids run from {windows.min()} to {windows.max()}, the model knows"
-                f" {checkpoint.n_vocab}; is it the model's own tokenizer?"
-            )
-    return n_ctx
 
 
 def identity(

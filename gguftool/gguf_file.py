@@ -88,6 +88,11 @@ class GgufFile:
         """`general.architecture`."""
         return str(self.value("general.architecture"))
 
+    @property
+    def data_start(self) -> int:
+        """Where the first tensor begins: before it lie the metadata and the list of tensors."""
+        return min((int(tensor.data_offset) for tensor in self._data.values()), default=self.path.stat().st_size)
+
     def keys(self) -> Iterator[str]:
         """Names of the metadata entries, in file order."""
         return (name for name in self._reader.fields if not name.startswith("GGUF."))

@@ -11,7 +11,7 @@ they are no sums: two halves of a calibration do not add up to the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -28,7 +28,7 @@ SHRINK = 0.8
 
 @torch.no_grad()
 def costs(
-    grams: Sequence[Tensor] | Tensor, downs: Sequence[Tensor] | Tensor, tokens: Tensor, *, threads: int = 0,
+    grams: Sequence[Tensor] | Tensor, downs: Iterable[Tensor], tokens: Tensor, *, threads: int = 0,
     tell: Callable[[int], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """What every neuron costs at the moment when it goes, float64 [E, K].

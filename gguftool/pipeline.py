@@ -1,5 +1,7 @@
 """compress: checkpoint -> base GGUF -> stats -> plan -> pruned GGUF -> quantized GGUF -> report, resumable.
 
+A GGUF in place of the checkpoint is its own base.
+
 Every step leaves a file and a fingerprint of what it was made from. A step whose file is there and whose fingerprint is
 the same is skipped, so a run that was stopped goes on where it stopped, and a changed recipe repeats only what it must.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +30,12 @@ from .durable import flush, settle
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .forward import Windows
+from .gguf_calibrate import OBS_BYTES, calibrate_gguf
+from .gguf_calibrate import obs_bytes as gguf_obs_bytes
 from .gguf_file import Progress
+from .gguf_model import GgufModel, is_gguf, open_gguf
+from .gguf_refit import NO_SEQUENTIAL, refit_gguf
+from .gguf_tokenizer import GgufTokenizer
 from .inventory import model_facts
 from .loader import usable_device
 from .memory import parse_bytes, parse_dtype, plan_memory
@@ -105,7 +112,8 @@ class Job:
         windows: at most so many windows of a calibration text, times its weight; None takes all.
         eval_windows: the same of an evaluation text.
         seed: above 0, draw the windows of a calibration text instead of taking the first ones.
-        dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them.
+        dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them; of a GGUF
+            only `memory`, which its second moments may take.
     """
 
     model: Path
@@ -131,16 +139,36 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The dear part: the checkpoint, its GGUF, its stats, and the windows they were taken on."""
+    """The dear part: the model, its GGUF, its stats, and the windows they were taken on."""
 
-    checkpoint: Checkpoint
+    model: Checkpoint | GgufModel
     base: Path
     stats: CalibrationStats
     domains: Sequence[tuple[Domain, Windows]]
 
+    @property
+    def encoding(self) -> str:
+        """That of the base, as file names have it."""
+        return self.model.encoding if isinstance(self.model, GgufModel) else _base_encoding(self.stats)
+
+    def has_encoding(self, target: str) -> bool:
+        """Whether the base is quantized to `target` already, so that what is cut from it is so too."""
+        return isinstance(self.model, GgufModel) and self.model.encoding == encoding.parse_target(target).name
+
+    def again(self, target: str) -> tuple[str, ...]:
+        """A note where `target` quantizes what was quantized before."""
+        if not isinstance(self.model, GgufModel) or not self.model.is_quantized or self.has_encoding(target):
+            return ()
+        return (
+            f"{target} was made from {self.encoding}, so its weights were quantized twice; from the unquantized model the "
+            "same size is nearer to the original",
+        )
+
 
 def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
+    if is_gguf(job.model):
+        return _prepare_gguf(job, work, recipes)
     checkpoint = open_checkpoint(job.model)
     tokenizer = checkpoint.tokenizer()
     domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
@@ -163,16 +191,50 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
             checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
         ),
     )
-    texts = [domain.as_dict() for domain, _ in domains]
-    windows = [hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest() for _, tokens in domains]
 
     def measure(path: Path) -> None:
         scratch = work.folder / "calibrate.work"
         calibrate(checkpoint, domains, scratch, device=job.device, how=how, progress=job.progress, out=path)
 
-    key = inputs | {"texts": texts, "windows": windows, "n_ctx": job.n_ctx, "dtype": str(how.dtype)}
-    path = work.step(f"stats{f'-seed{job.seed}' if job.seed else ''}.safetensors", key, measure)
-    return Prepared(checkpoint, base, CalibrationStats.load(path), domains)
+    path = work.step(_stats_name(job), inputs | _texts_key(job, domains) | {"dtype": str(how.dtype)}, measure)
+    stats = CalibrationStats.load(path)
+    return Prepared(checkpoint, base, stats, domains)
+
+
+def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
+    """The same from a GGUF, which is its own base."""
+    if job.device != "cpu":
+        raise GgufToolError(f"--device {job.device}: a GGUF is calibrated by llama.cpp on the CPU; leave it out")
+    model, tokenizer = open_gguf(job.model), GgufTokenizer(job.llama, job.model)
+    for recipe in recipes:
+        if recipe.method == "dern":
+            raise GgufToolError(f"dern needs the checkpoint, and {job.model} is a GGUF; take another method")
+    domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
+    _check_evaluation(job, tokenizer)
+    blank = CalibrationStats.blank(model.facts(), len(domains), obs=gguf_obs_bytes(model) <= OBS_BYTES)
+    for recipe in recipes:
+        make_plan(blank, recipe)
+    key = {"model": model.fingerprint, "runtime": job.runtime.path.name}
+
+    def measure(path: Path) -> None:
+        scratch = work.folder / "calibrate.work"
+        calibrate_gguf(
+            model, domains, scratch, llama=job.llama, memory=job.limit, progress=job.progress, out=path
+        )  # fmt: skip
+
+    path = work.step(_stats_name(job), key | _texts_key(job, domains), measure)
+    stats = CalibrationStats.load(path)
+    work.state["base.gguf"] = model.fingerprint
+    return Prepared(replace(model, norm_topk=stats.model.norm_topk), job.model, stats, domains)
+
+
+def _stats_name(job: Job) -> str:
+    return f"stats{f'-seed{job.seed}' if job.seed else ''}.safetensors"
+
+
+def _texts_key(job: Job, domains: Sequence[tuple[Domain, Windows]]) -> dict[str, Any]:
+    windows = [hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest() for _, tokens in domains]
+    return {"texts": [domain.as_dict() for domain, _ in domains], "windows": windows, "n_ctx": job.n_ctx}
 
 
 def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
@@ -215,9 +277,12 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     Args:
         refit: "plain", "sequential", or "" for what the method asks for.
     """
-    _check_refit(recipe, refit)
+    _check_refit(job, recipe, refit)
     stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
+    notes: tuple[str, ...] = ()
+    if not refit and method(recipe.method).refitted == "sequential" and isinstance(source.model, GgufModel):
+        refit, notes = "plain", (f"refitted plainly: {NO_SEQUENTIAL}",)
     refit = refit or method(recipe.method).refitted
     if refit == "sequential" and any(len(layer.router) < plan.n_expert for layer in plan.layers):
         refit = "plain"  # the sequential one needs the original's routes
@@ -230,41 +295,45 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     work.step(f"{stem}{f'-{target}' if target else ''}.plan.json", inputs, plan.save)
     kept: dict[str, Any] = {"kept": plan.kept_hash, "stats": inputs["stats"], "base": inputs["base"], "refit": refit}
     weights = None
-    if refit and can_refit(source.checkpoint, plan):
+    if refit and can_refit(source.model, plan):
         name = f"{stem}.refit{'-sequential' if refit == 'sequential' else ''}.safetensors"
         path = work.step(name, kept, lambda path: _refit(job, work, source, plan, refit, path))
         weights = Overrides.load(path)
         sequential = refit == "sequential"
         stem, label = f"{stem}{'RS' if sequential else 'R'}", f"{label} + {'sequential ' if sequential else ''}refit"
     elif recipe.method == "dern" and drops_experts(plan):
+        assert isinstance(source.model, Checkpoint)
+        checkpoint = source.model
         path = work.step(
             f"{stem}.dern.safetensors",
             kept,
-            lambda path: dern(source.checkpoint, plan, path, device=job.device, progress=job.progress),
+            lambda path: dern(checkpoint, plan, path, device=job.device, progress=job.progress),
         )
         weights = Overrides.load(path)
-    notes = weights.origin.notes if weights is not None else ()
+    notes += weights.origin.notes if weights is not None else ()
     if refit and weights is None and plan.kept_share < 1:
         notes = (
             *notes,
             "nothing was refitted: whole experts went, and the weights of the others add up to 1 as before",
         )
     pruned = work.step(
-        f"{stem}-{_base_encoding(stats)}.gguf",
+        f"{stem}-{source.encoding}.gguf",
         kept,
         lambda path: prune(base, plan, path, ggml=job.runtime.ggml, overrides=weights, progress=job.progress),
     )
-    if target is None:
-        return Built(label, plan, _base_encoding(stats), pruned, notes)
+    if target is None or source.has_encoding(target):
+        return Built(f"{label} {target}" if target else label, plan, source.encoding, pruned, notes)
     final = work.step(
         f"{stem}-{target}.gguf",
         kept | {"target": target, "runtime": job.runtime.path.name},
-        lambda path: quantize(pruned, target, path, imatrix=stats, tools=_quantizer(job)),
+        lambda path: _quantize(job, source, pruned, target, path),
     )
-    return Built(f"{label} {target}", plan, target, final, notes)
+    return Built(f"{label} {target}", plan, target, final, (*notes, *source.again(target)))
 
 
-def _check_refit(recipe: Recipe, refit: str) -> None:
+def _check_refit(job: Job, recipe: Recipe, refit: str) -> None:
+    if refit == "sequential" and is_gguf(job.model):
+        raise GgufToolError(f"--refit sequential: {NO_SEQUENTIAL}; take --refit plain")
     if refit and recipe.method == "dern":
         raise GgufToolError(
             "--refit: dern makes new weights of its own, and a model takes one set of them; leave it out"
@@ -273,12 +342,17 @@ def _check_refit(recipe: Recipe, refit: str) -> None:
 
 def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, how: str, path: Path) -> None:
     scratch = work.folder / "refit.work"
+    if isinstance(source.model, GgufModel):
+        refit_gguf(
+            source.model, plan, source.domains, scratch, llama=job.llama, memory=job.limit, progress=job.progress
+        ).save(path)
+        return
     fit = refit_sequentially if how == "sequential" else refit_weights
     needs = refit_memory(
-        source.checkpoint, plan, source.domains, parse_dtype(job.dtype), job.limit, device=job.device,
+        source.model, plan, source.domains, parse_dtype(job.dtype), job.limit, device=job.device,
         sequential=how == "sequential",
     )  # fmt: skip
-    fitted = fit(source.checkpoint, plan, source.domains, scratch, device=job.device, how=needs, progress=job.progress)
+    fitted = fit(source.model, plan, source.domains, scratch, device=job.device, how=needs, progress=job.progress)
     fitted.save(path)
 
 
@@ -293,13 +367,15 @@ def quantize_base(job: Job, work: Workspace, source: Prepared, target: str) -> B
             "target": target,
             "runtime": job.runtime.path.name,
         },
-        lambda path: quantize(base, target, path, imatrix=stats, tools=_quantizer(job)),
+        lambda path: _quantize(job, source, base, target, path),
     )
     return Built(f"unpruned {target}", None, target, path)
 
 
-def _quantizer(job: Job) -> QuantizeTool:
-    return QuantizeTool(job.runtime.tool("llama-quantize"), progress=job.progress)
+def _quantize(job: Job, source: Prepared, pruned: Path, target: str, out: Path) -> None:
+    tools = QuantizeTool(job.runtime.tool("llama-quantize"), progress=job.progress)
+    again = isinstance(source.model, GgufModel) and source.model.is_quantized
+    quantize(pruned, target, out, imatrix=source.stats, tools=tools, allow_requantize=again)
 
 
 def _base_encoding(stats: CalibrationStats) -> str:
@@ -345,13 +421,16 @@ def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") 
     target = recipe.target
     if not job.evaluation:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
-    _check_refit(recipe, refit)
+    _check_refit(job, recipe, refit)
     work = Workspace(out, say)
     source = prepare(job, work, [recipe])
     built = build(job, work, source, recipe, refit=refit)
-    rivals = [quantize_base(job, work, source, target)] if target and target not in encoding.FLOATS else []
+    quantized = target is not None and target not in encoding.FLOATS and not source.has_encoding(target)
+    rivals = [quantize_base(job, work, source, target)] if target and quantized else []
     assert built.plan is not None
     notes = [built.plan.formula, *built.plan.notes, *built.notes, *coverage(source.stats).notes()]
+    if isinstance(source.model, GgufModel) and source.model.is_quantized:
+        notes.append(f"the original here is {source.encoding} itself: what that had cost before is in no number")
     report = judge(job, source.base, [built, *rivals], source.stats.model.name, notes)
     report.save(out)
     return report

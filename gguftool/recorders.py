@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .errors import GgufToolError
 from .experts import neurons_of, output_of
+from .obs import costs
 from .router_fix import RouterFix
 from .stats import EXPERT_SUMS, NEURON_SUMS, WEIGHT_NORMS
 
@@ -47,76 +48,79 @@ def run_experts(
 ) -> Tensor:
     """Calls `run(expert, x [n, d], weights [n]) -> [n, d]` for every chosen expert on its own tokens only; [T, d]."""
     out = torch.zeros_like(hidden_states)
-    k = top_k_index.shape[-1]
-    order = torch.argsort(top_k_index.flatten(), stable=True)
-    counts = torch.bincount(top_k_index.flatten(), minlength=n_expert)
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if not count:
-            continue
-        slots = order[start : start + count]
-        start += count
-        tokens = slots // k
+    for expert, slots in routed(top_k_index, n_expert):
+        tokens = slots // top_k_index.shape[-1]
         gate = top_k_weights.flatten()[slots]
         out.index_add_(0, tokens, run(expert, hidden_states[tokens], gate).to(out.dtype))
     return out
 
 
-class ExpertRecorder:
-    """Stands in for an experts module's forward: the same output, and the sums of `stats` on the way.
+def routed(top_k_index: Tensor, n_expert: int) -> Iterator[tuple[int, Tensor]]:
+    """Every expert that was chosen, with the places in the flattened [T, k] where it was, in order."""
+    order = torch.argsort(top_k_index.flatten(), stable=True)
+    start = 0
+    for expert, count in enumerate(torch.bincount(top_k_index.flatten(), minlength=n_expert).tolist()):
+        if count:
+            yield expert, order[start : start + count]
+            start += count
+
+
+def add_gram(gram: Tensor, h: Tensor, gate: Tensor) -> None:
+    """Adds sum of g^2 h h^T over n tokens to a second moment [K, K]: h [n, K], g [n]."""
+    weighted = (h * gate[:, None]).to(gram.dtype)
+    gram.addmm_(weighted.T, weighted)
+
+
+class ExpertSums:
+    """The sums of `stats` over the tokens of one layer's experts, wherever these tokens come from.
 
     Attributes:
         experts: sums over the tokens routed to an expert of one domain, name -> float64 [D, E].
         neurons: sums of all domains and the norms of the down columns, name -> float64 [E, K].
         inputs: sum of x^2 over the tokens routed to an expert, float64 [E, d].
-        grams: takes C = sum of g^2 h h^T, from which `arrays` solves the OBS costs; None where not wanted.
-        domain: index of the domain that the next call belongs to.
+        grams: C = sum of g^2 h h^T, float32 [E, K, K], from which `arrays` solves the OBS costs; None where not wanted.
+        domain: index of the domain that what comes next belongs to.
     """
 
     @torch.no_grad()
     def __init__(
-        self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int, grams: Moments | None = None
+        self, n_domains: int, shape: tuple[int, int, int], down: Callable[[int], Tensor], *, obs: bool = False
     ) -> None:
-        """`shape` is (E, K, d). Raises GgufToolError for an experts module that is laid out in another way."""
+        """`shape` is (E, K, d); `down(expert)` is its down projection [d, K], asked for anew whenever it is needed."""
         n_expert, width, n_embd = shape
-        check_layout(module, shape, layer)
-        self.module, self.domain = module, 0
-        down = module.get_parameter("down_proj")
-        self._token_sums = _zeros(down, len(EXPERT_SUMS), n_domains, n_expert)
+        self.down, self.domain = down, 0
+        like = down(0)
+        self._token_sums = _zeros(like, len(EXPERT_SUMS), n_domains, n_expert)
         self.experts: Sums = dict(zip(EXPERT_SUMS, self._token_sums, strict=True))
-        self.neurons: Sums = {name: _zeros(down, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
-        self.inputs = _zeros(down, n_expert, n_embd)
-        self.grams = grams
+        self.neurons: Sums = {name: _zeros(like, n_expert, width) for name in (*NEURON_SUMS, *WEIGHT_NORMS)}
+        self.inputs = _zeros(like, n_expert, n_embd)
+        self.grams: Tensor | None = None
+        if obs:
+            kind = torch.promote_types(like.dtype, torch.float32)
+            self.grams = torch.zeros(n_expert, width, width, dtype=kind, device=like.device)
         for expert in range(n_expert):
-            column = down[expert].to(torch.promote_types(down.dtype, torch.float32)).square().sum(dim=0)
+            own = down(expert)
+            column = own.to(torch.promote_types(own.dtype, torch.float32)).square().sum(dim=0)
             self.neurons["down_norm_sq"][expert] = column.to(self.inputs.device)
-
-    @torch.no_grad()
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
-        if self.grams is not None:
-            self.grams.see(hidden_states, top_k_index, top_k_weights)
-        self._add_inputs(hidden_states, top_k_index)
-        return run_experts(hidden_states, top_k_index, top_k_weights, self.inputs.shape[0], self._run)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The sums by the names that the work directory keeps them under."""
         found = {f"expert.{name}": value.cpu().numpy() for name, value in self.experts.items()}
         found |= {f"neuron.{name}": value.cpu().numpy() for name, value in self.neurons.items()}
         if self.grams is not None:
-            found["neuron.obs"] = self.grams.costs(self.experts["count"].sum(dim=0)).cpu().numpy()
+            tokens = self.experts["count"].sum(dim=0)
+            found["neuron.obs"] = costs(self.grams, map(self.down, range(len(tokens))), tokens).cpu().numpy()
         return found | {"expert_inputs": self.inputs.cpu().numpy()}
 
-    def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
-        """One expert on its n tokens x [n, d] with router weights [n]: its weighted output [n, d]; adds to the sums."""
-        down = self.module.get_parameter("down_proj")[expert]
-        h = neurons_of(self.module, expert, x)
-        f = output_of(self.module, expert, h)
-        self._record(expert, x, h, f, gate, down)
-        return f * gate[:, None]
+    def add(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
+        """Adds n tokens of an expert: its inputs x [n, d], neurons h [n, K], output f [n, d] without the router weights
+        [n], and its down projection [d, K]."""
+        kind = torch.promote_types(x.dtype, torch.float32)
+        _add(self.inputs[expert], x.to(kind).square().sum(dim=0))
+        self.record(expert, x, h, f, gate, down)
 
-    def _record(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
-        """Adds n tokens to the sums. Per token, and over those of one call, in float32 at least; over calls in float64.
+    def record(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
+        """`add` without the inputs. Per token, and over those of one call, in float32 at least; over calls in float64.
 
         Neuron projection p_k = h_k <W_:k, f> / ||f|| in its cheap form h * (f W) / ||f||: arXiv 2606.09885 (ENP).
         """
@@ -143,18 +147,12 @@ class ExpertRecorder:
         largest = self.experts["max_out"][self.domain, expert]
         torch.maximum(largest, f.abs().max().to(largest.device).double(), out=largest)
         if self.grams is not None:
-            self.grams.add(expert, h, gate)
+            add_gram(self.grams[expert], h, gate)
         proj.mul_(h).mul_(torch.where(norm > 0, 1 / norm, 0)[:, None])
         plain, gated = torch.stack([per_token["count"], per_token["gate_sq"]]) @ h.square()
         sums = {"h_sq": plain, "gate_sq_h_sq": gated, "proj": proj.sum(dim=0), "proj_abs": proj.abs_().sum(dim=0)}
         for name, value in sums.items():
             _add(self.neurons[name][expert], value)
-
-    def _add_inputs(self, x: Tensor, chosen: Tensor) -> None:
-        """Adds x^2 to the inputs of the experts that were chosen: one product with zeros and ones for all of them."""
-        work = torch.promote_types(x.dtype, torch.float32)
-        routed = torch.zeros(self.inputs.shape[0], len(x), dtype=work, device=x.device).scatter_(0, chosen.T, 1.0)
-        _add(self.inputs, routed @ x.to(work).square())
 
 
 class KeptInputs(Protocol):
@@ -167,12 +165,109 @@ class KeptInputs(Protocol):
     def close(self) -> None: ...
 
 
-class GramRecorder:
-    """Stands in for an experts module's forward and takes C = sum of g^2 h h^T of the experts that a plan narrows.
+class ExpertRecorder(ExpertSums):
+    """Stands in for an experts module's forward: the same output, and the sums on the way.
+
+    `moments` takes C = sum of g^2 h h^T, from which `arrays` solves the OBS costs; None where not wanted.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, module: nn.Module, n_domains: int, shape: tuple[int, int, int], layer: int, moments: Moments | None = None
+    ) -> None:
+        """`shape` is (E, K, d). Raises GgufToolError for an experts module that is laid out in another way."""
+        check_layout(module, shape, layer)
+        self.module, self.moments = module, moments
+        down = module.get_parameter("down_proj")
+        super().__init__(n_domains, shape, lambda expert: down[expert])
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
+        if self.moments is not None:
+            self.moments.see(hidden_states, top_k_index, top_k_weights)
+        self._add_inputs(hidden_states, top_k_index)
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.inputs.shape[0], self._run)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The sums, and the OBS costs where they are wanted."""
+        found = super().arrays()
+        if self.moments is not None:
+            found["neuron.obs"] = self.moments.costs(self.experts["count"].sum(dim=0)).cpu().numpy()
+        return found
+
+    def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
+        """One expert on its n tokens x [n, d] with router weights [n]: its weighted output [n, d]; adds to the sums."""
+        h = neurons_of(self.module, expert, x)
+        f = output_of(self.module, expert, h)
+        self.record(expert, x, h, f, gate, self.down(expert))
+        if self.moments is not None:
+            work = torch.promote_types(x.dtype, torch.float32)
+            self.moments.add(expert, h.to(work), gate.to(work))
+        return f * gate[:, None]
+
+    def _add_inputs(self, x: Tensor, chosen: Tensor) -> None:
+        """Adds x^2 to the inputs of the experts that were chosen: one product with zeros and ones for all of them."""
+        work = torch.promote_types(x.dtype, torch.float32)
+        routed = torch.zeros(self.inputs.shape[0], len(x), dtype=work, device=x.device).scatter_(0, chosen.T, 1.0)
+        _add(self.inputs, routed @ x.to(work).square())
+
+
+class GramSums:
+    """C = sum of g^2 h h^T of the experts of one layer that a plan narrows, wherever their tokens come from.
 
     `arrays` gives the refitted down columns of these experts (see `refit`), not C, which would be too big to keep; with a
     `fix` those of whole experts too, all of them by the scale that takes back what a smaller router does.
     """
+
+    def __init__(
+        self,
+        down: Callable[[int], Tensor],
+        retained: Mapping[int, Neurons],
+        solve: Callable[[Tensor, Tensor, Neurons, int], Tensor],
+        fix: RouterFix | None = None,
+        whole: Collection[int] = (),
+        *,
+        on_the_way: bool = True,
+    ) -> None:
+        """`down(expert)`: its down projection [d, K]; `retained`: neurons that stay, by expert that is narrowed;
+        `whole`: experts that keep all of theirs; `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`."""
+        self.down, self.retained, self.solve = down, retained, solve
+        self.fix, self.whole = fix, whole
+        like = down(0)
+        work = torch.promote_types(like.dtype, torch.float32)
+        width = like.shape[1]
+        wanted = retained if on_the_way else ()
+        self.grams = {expert: torch.zeros(width, width, dtype=work, device=like.device) for expert in wanted}
+        self.counts = dict.fromkeys(retained, 0)
+
+    def add(self, expert: int, h: Tensor, gate: Tensor) -> None:
+        """Adds n tokens of an expert, its neurons h [n, K] and its router weights [n]."""
+        if expert in self.grams:
+            add_gram(self.grams[expert], h, gate)
+            self.counts[expert] += len(h)
+
+    def moments(self, expert: int) -> tuple[Tensor, int]:
+        """C of one expert, and how many tokens it runs over."""
+        return self.grams[expert], self.counts[expert]
+
+    @torch.no_grad()
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """`<expert>.down` -> the new down columns, float32 [d, w]."""
+        found = {}
+        for expert, neurons in self.retained.items():
+            gram, count = self.moments(expert)
+            found[expert] = self.solve(self.down(expert), gram, neurons, count).float()
+        for expert, scale in self.fix.scales().items() if self.fix is not None else ():
+            if expert in found:
+                found[expert] = scale * found[expert]
+            elif expert in self.whole:
+                found[expert] = scale * self.down(expert).float()
+        return {f"{expert}.down": columns.cpu().numpy() for expert, columns in found.items()}
+
+
+class GramRecorder(GramSums):
+    """Stands in for an experts module's forward: the same output, and the second moments on the way."""
 
     def __init__(
         self,
@@ -183,17 +278,11 @@ class GramRecorder:
         whole: Collection[int] = (),
         kept: KeptInputs | None = None,
     ) -> None:
-        """`retained`: neurons that stay, by expert that is narrowed; `whole`: experts that keep all of theirs;
-        `solve(down [d, K], C [K, K], neurons, tokens) -> [d, w]`; `kept`: where C is not added up on the way but computed
-        at the end, an expert at a time."""
-        self.module, self.retained, self.solve, self.domain = module, retained, solve, 0
-        self.fix, self.whole, self.kept = fix, whole, kept
+        """`module`: the experts; `kept`: where C is not added up on the way but computed at the end, an expert at a time.
+        All else as in `GramSums`."""
+        self.module, self.domain, self.kept = module, 0, kept
         down = module.get_parameter("down_proj")
-        width = down.shape[2]
-        work = torch.promote_types(down.dtype, torch.float32)
-        on_the_way = () if kept is not None else retained
-        self.grams = {expert: torch.zeros(width, width, dtype=work, device=down.device) for expert in on_the_way}
-        self.counts = dict.fromkeys(retained, 0)
+        super().__init__(lambda expert: down[expert], retained, solve, fix, whole, on_the_way=kept is None)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden states [T, d], chosen experts [T, k] and their weights [T, k] -> [T, d]."""
@@ -206,31 +295,19 @@ class GramRecorder:
 
     def _run(self, expert: int, x: Tensor, gate: Tensor) -> Tensor:
         h = neurons_of(self.module, expert, x)
-        if expert in self.grams:
-            weighted = (h * gate[:, None]).to(self.grams[expert].dtype)
-            self.grams[expert].addmm_(weighted.T, weighted)
-            self.counts[expert] += len(x)
+        self.add(expert, h, gate)
         return output_of(self.module, expert, h) * gate[:, None]
 
-    @torch.no_grad()
+    def moments(self, expert: int) -> tuple[Tensor, int]:
+        """C of one expert, and how many tokens it runs over."""
+        return super().moments(expert) if self.kept is None else self.kept.moments(self.module, expert)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """`<expert>.down` -> the new down columns, float32 [d, w]."""
-        down = self.module.get_parameter("down_proj")
-        found = {}
-        for expert, neurons in self.retained.items():
-            gram, count = self._moments(expert)
-            found[expert] = self.solve(down[expert], gram, neurons, count).float()
+        """As in `GramSums`; what was kept goes."""
+        found = super().arrays()
         if self.kept is not None:
             self.kept.close()
-        for expert, scale in self.fix.scales().items() if self.fix is not None else ():
-            if expert in found or expert in self.whole:
-                found[expert] = scale * found.get(expert, down[expert].float())
-        return {f"{expert}.down": columns.cpu().numpy() for expert, columns in found.items()}
-
-    def _moments(self, expert: int) -> tuple[Tensor, int]:
-        if self.kept is not None:
-            return self.kept.moments(self.module, expert)
-        return self.grams[expert], self.counts[expert]
+        return found
 
 
 class LinearRecorder:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,8 @@ def refit(
             return GramRecorder(module, narrowed.get(layer, {}), solve, kept=kept)
         router = run.stream.loader.model.get_submodule(f"{row.layers}.{layer}.{row.router}").get_parameter("weight")
         own = grown[layer]
-        whole = {e for e, width in zip(own.router, own.widths, strict=True) if width == plan.n_ff_exp}
-        return GramRecorder(module, narrowed[layer], solve, RouterFix(router, own.router, layer), whole, kept)
+        fix = RouterFix(router, own.router, layer)
+        return GramRecorder(module, narrowed[layer], solve, fix, whole_experts(plan, own), kept)
 
     run = LayeredPass(LayerStream(checkpoint, device, dtype), domains, record, batch=how.batch, progress=progress)
     key = identity(checkpoint, domains, dtype, dtype) | {
@@ -109,14 +110,23 @@ def most_narrowed(plan: PrunePlan) -> int:
     return max(len(narrowed_experts(plan, layer.index)) for layer in plan.layers)
 
 
-def can_refit(checkpoint: Checkpoint, plan: PrunePlan) -> bool:
+class Routing(Protocol):
+    """A model, as far as its router is concerned."""
+
+    @property
+    def norm_topk(self) -> bool | None:
+        """Whether the weights of a token's experts are made to add up to 1."""
+        ...
+
+
+def can_refit(model: Routing, plan: PrunePlan) -> bool:
     """Whether there is anything in a plan that `refit` can make good."""
-    return any(narrowed_experts(plan, layer.index) for layer in plan.layers) or bool(grown_layers(checkpoint, plan))
+    return any(narrowed_experts(plan, layer.index) for layer in plan.layers) or bool(grown_layers(model, plan))
 
 
-def grown_layers(checkpoint: Checkpoint, plan: PrunePlan) -> list[LayerPlan]:
+def grown_layers(model: Routing, plan: PrunePlan) -> list[LayerPlan]:
     """The layers in which the router's weights grow because experts are dropped and they need not add up to 1."""
-    return [] if checkpoint.norm_topk else [layer for layer in plan.layers if len(layer.router) < plan.n_expert]
+    return [] if model.norm_topk else [layer for layer in plan.layers if len(layer.router) < plan.n_expert]
 
 
 def narrowed_experts(plan: PrunePlan, index: int) -> dict[int, Neurons]:
@@ -124,6 +134,11 @@ def narrowed_experts(plan: PrunePlan, index: int) -> dict[int, Neurons]:
     layer = next(layer for layer in plan.layers if layer.index == index)
     pairs = zip(layer.router, layer.retained, strict=True)
     return {expert: neurons for expert, neurons in pairs if 0 < len(neurons) < plan.n_ff_exp}
+
+
+def whole_experts(plan: PrunePlan, layer: LayerPlan) -> set[int]:
+    """Experts of a layer that keep every neuron."""
+    return {expert for expert, width in zip(layer.router, layer.widths, strict=True) if width == plan.n_ff_exp}
 
 
 def solve(down: Tensor, gram: Tensor, neurons: Neurons, tokens: int) -> Tensor:

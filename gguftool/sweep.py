@@ -29,6 +29,7 @@ from .coverage import coverage
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many, pool
 from .gguf_file import GgufFile
+from .gguf_model import is_gguf
 from .inventory import model_facts
 from .pipeline import Job, Prepared, Say, Workspace, build, prepare, quantize_base
 from .planner import fingerprint, make_plan
@@ -126,6 +127,8 @@ def check(job: Job, grid: Grid) -> None:
         raise GgufToolError("the sweep is empty: give --method, --ratio and --quant, or --unpruned")
     for name in grid.unpruned:
         encoding.parse_target(name)
+    if is_gguf(job.model):
+        raise GgufToolError(f"{job.model}: sweep compares what comes of a checkpoint; compress takes a GGUF")
     checkpoint = open_checkpoint(job.model)
     blank = CalibrationStats.blank(model_facts(checkpoint))
     for variant, ratio, target in _combinations(grid):

@@ -153,7 +153,9 @@ def mask(checkpoint: Checkpoint, plan: PrunePlan, weights: Overrides | None = No
     for layer in plan.layers:
         rows = dict(zip(layer.router, layer.retained, strict=True))
         retained[layer.index] = [rows.get(e, np.arange(0)) for e in range(plan.n_expert)]
-        module = model.get_submodule(f"{checkpoint.architecture.layers}.{layer.index}.{checkpoint.architecture.experts}")
+        module = model.get_submodule(
+            f"{checkpoint.architecture.layers}.{layer.index}.{checkpoint.architecture.experts}"
+        )
         down = canonical(module).get_parameter("down_proj")
         for expert, neurons in rows.items() if weights is not None else ():
             if (columns := weights.get(layer.index, expert, "down")) is not None:

@@ -1,0 +1,161 @@
+"""A GGUF file as the model that is measured: what a plan needs to know of it, and its experts' matrices one at a time.
+
+Only the names of its tensors count, so every architecture will do whose experts are stacks `blk.N.ffn_*_exps.weight`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cut import KEY
+from .encoding import FLOATS, file_type_name
+from .errors import GgufToolError
+from .gguf_file import GgufFile
+from .layout import parse
+from .requant import dequantize_rows
+from .stats import ModelFacts
+from .tensors import TensorSpec
+
+# What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
+PIECES, PIECE_BYTES = 10, 4096
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """An opened GGUF with experts.
+
+    Attributes:
+        name: `general.name` with dashes for blanks, or the file's own.
+        fingerprint: sha256 over the metadata, the list of tensors and ten pieces of 4 KiB of every tensor.
+        moe_layers: decoder indices of the layers with experts, without those that predict further tokens (MTP).
+        n_ff_exp: neurons of one expert. n_embd: width of the residual stream.
+        norm_topk: whether the weights of a token's experts are made to add up to 1; None until it was seen in the graph.
+    """
+
+    file: GgufFile
+    name: str
+    fingerprint: str
+    moe_layers: tuple[int, ...]
+    n_expert: int
+    n_expert_used: int
+    n_ff_exp: int
+    n_embd: int
+    n_vocab: int
+    norm_topk: bool | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    @property
+    def n_ctx_train(self) -> int | None:
+        """The longest context that the model knows, where the file says it."""
+        return self.file.arch_integer("context_length", 0) or None
+
+    @property
+    def encoding(self) -> str:
+        """The encoding that the file says it has, such as Q4_K_M."""
+        return file_type_name(self.file.integer("general.file_type", -1))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any matrix is in blocks."""
+        return any(spec.type not in (*FLOATS, "I32") for spec in self.file.tensors)
+
+    def facts(self) -> ModelFacts:
+        """What the stats and the plan keep of it."""
+        file = self.file
+        return ModelFacts(
+            name=self.name, fingerprint=self.fingerprint, model_type=file.arch, gguf_arch=file.arch,
+            block_count=file.arch_integer("block_count"), moe_layers=self.moe_layers, n_expert=self.n_expert,
+            n_expert_used=self.n_expert_used, n_ff_exp=self.n_ff_exp, n_embd=self.n_embd, n_vocab=self.n_vocab,
+            tensors=file.tensors, n_group=max(1, file.arch_integer("expert_group_count", 1)),
+            n_group_used=max(1, file.arch_integer("expert_group_used_count", 1)), norm_topk=self.norm_topk,
+        )  # fmt: skip
+
+    def down(self, layer: int, expert: int, ggml: Path) -> Tensor:
+        """The down projection of an expert, float32 [d, K]. `ggml` is the library that reads quantized rows."""
+        spec = self._spec(f"blk.{layer}.ffn_down_exps.weight")
+        return torch.from_numpy(dequantize_rows(self.file.raw(spec)[expert], spec.type, ggml))
+
+    def router(self, layer: int, ggml: Path) -> Tensor:
+        """A layer's router, float32 [E, d]. Raises GgufToolError where it has none of its own."""
+        spec = self._spec(f"blk.{layer}.ffn_gate_inp.weight")
+        return torch.from_numpy(dequantize_rows(self.file.raw(spec), spec.type, ggml))
+
+    def _spec(self, name: str) -> TensorSpec:
+        found = next((spec for spec in self.file.tensors if spec.name == name), None)
+        if found is None:
+            raise GgufToolError(f"{self.path}: has no {name}")
+        return found
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a model that was named is one file: a GGUF, and no checkpoint directory."""
+    return not path.is_dir() and (path.suffix == ".gguf" or path.is_file())
+
+
+def open_gguf(path: Path) -> GgufModel:
+    """Opens a GGUF. Its metadata and the pieces for the fingerprint are read, no whole tensor.
+
+    Raises GgufToolError for a file that is damaged, split, without experts, pruned in tiers already, or in which not all
+    layers have experts of one number and width.
+    """
+    file = GgufFile(path)
+    file.check_whole()
+    if any((name := parse(spec.name)) and (name.role == "map" or name.tier is not None) for spec in file.tensors):
+        raise GgufToolError(
+            f"{path}: its experts have different widths already; calibrate the file that it was cut from"
+            f" ({file.value(f'{KEY}base.name', 'the unpruned one')})"
+        )
+    predictors = range(file.arch_integer("block_count") - file.arch_integer("nextn_predict_layers", 0), 1 << 31)
+    downs = {
+        name.layer: spec
+        for spec in file.tensors
+        if (name := parse(spec.name))
+        and name.role == "down"
+        and name.suffix == "weight"
+        and name.layer not in predictors
+    }
+    if not downs:
+        raise GgufToolError(f"{path}: a dense model: it has no routed experts, so there is nothing to prune")
+    layers = tuple(sorted(downs))
+    width, n_embd, n_expert = downs[layers[0]].ne
+    for layer in layers:
+        if downs[layer].ne != (width, n_embd, n_expert):
+            raise GgufToolError(
+                f"{path}: layer {layer} has {downs[layer].ne[2]} experts of {downs[layer].ne[0]} neurons, layer"
+                f" {layers[0]} {n_expert} of {width}; gguftool wants them alike"
+            )
+    used = file.arch_integer("expert_used_count")
+    if not 0 < used <= n_expert:
+        raise GgufToolError(f"{path}: {used} of {n_expert} experts cannot be used by a token")
+    embedding = next((spec for spec in file.tensors if spec.name == "token_embd.weight"), None)
+    if embedding is None:
+        raise GgufToolError(f"{path}: has no token_embd.weight; not a model that gguftool can use")
+    title = re.sub(r"[^A-Za-z0-9.+_-]+", "-", str(file.value("general.name", "") or path.stem)).strip("-")
+    return GgufModel(file, title or "model", _fingerprint(file), layers, n_expert, used, width, n_embd, embedding.ne[1])
+
+
+def _fingerprint(file: GgufFile) -> str:
+    """See `GgufModel`."""
+    with file.path.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(file.data_start))
+    for spec in sorted(file.tensors, key=lambda spec: spec.name):
+        raw = file.raw(spec).reshape(-1)
+        digest.update(json.dumps([spec.name, spec.type, spec.ne]).encode())
+        if raw.nbytes <= PIECES * PIECE_BYTES:
+            digest.update(raw.tobytes())
+            continue
+        for index in range(PIECES):
+            start = index * (raw.nbytes - PIECE_BYTES) // (PIECES - 1)
+            digest.update(raw[start : start + PIECE_BYTES].tobytes())
+    return digest.hexdigest()
