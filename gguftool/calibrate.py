@@ -11,7 +11,7 @@ from torch import nn
 
 from .checkpoint import Checkpoint
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
-from .inventory import model_facts
+from .inventory import in_gguf_order, model_facts
 from .recorders import ExpertRecorder
 from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS, CalibrationStats, Domain
 from .workdir import WorkDir
@@ -76,7 +76,7 @@ def calibrate(
         neurons={name: np.stack([arrays[f"neuron.{name}"] for arrays in moe]) for name in names},
         expert_inputs=np.stack([arrays["expert_inputs"] for arrays in moe]),
         residual_inverse=np.concatenate([arrays["residual_inverse"] for arrays in moe]),
-        linears=linears,
+        linears=in_gguf_order(checkpoint, linears),
         linear_tokens=run.windows.size,
     )
     stats.check()
