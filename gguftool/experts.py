@@ -40,7 +40,9 @@ def canonical(module: nn.Module) -> nn.Module:
 
 def neurons_of(module: nn.Module, expert: int, x: Tensor) -> Tensor:
     """h of one expert, act(gate) * up or what the family makes of the two, for tokens x [n, d]: [n, K]."""
-    both = functional.linear(x, module.get_parameter("gate_up_proj")[expert], _bias(module, "gate_up_proj_bias", expert))
+    both = functional.linear(
+        x, module.get_parameter("gate_up_proj")[expert], _bias(module, "gate_up_proj_bias", expert)
+    )
     gate: Any = getattr(module, "_apply_gate", None)
     if gate is not None:
         return torch.as_tensor(gate(both))

@@ -244,7 +244,10 @@ def recording(module: nn.Module, recorder: Recorder) -> Iterator[None]:
 def check_layout(module: nn.Module, shape: tuple[int, int, int], layer: int) -> None:
     """Raises GgufToolError unless the experts are plain stacks, [E, 2K, d] and [E, d, K], with or without biases."""
     n_expert, width, n_embd = shape
-    want = {"gate_up_proj": (n_expert, 2 * width, n_embd), "down_proj": (n_expert, n_embd, width)}
+    want: dict[str, tuple[int, ...]] = {
+        "gate_up_proj": (n_expert, 2 * width, n_embd),
+        "down_proj": (n_expert, n_embd, width),
+    }
     if getattr(module, "has_bias", False):
         want |= {"gate_up_proj_bias": (n_expert, 2 * width), "down_proj_bias": (n_expert, n_embd)}
     have = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

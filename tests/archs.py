@@ -88,7 +88,11 @@ def _part_of_a_model_with_images(tensors: Tensors, config: dict[str, Any]) -> No
     tensors["model.visual.blocks.0.attn.proj.weight"] = torch.ones(4, 4)
     text = dict(config) | {"model_type": "qwen3_5_moe_text", "mtp_num_hidden_layers": 1}
     config.clear()
-    config |= {"model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": text}
+    config |= {
+        "model_type": "qwen3_5_moe",
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": text,
+    }
     config["tie_word_embeddings"] = False
 
 

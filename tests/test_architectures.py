@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
@@ -20,8 +21,9 @@ from gguftool import surgery
 from gguftool.architectures import ARCHITECTURES, for_model_type
 from gguftool.calibrate import calibrate
 from gguftool.checkpoint import Checkpoint, open_checkpoint
-from gguftool.corpus import load_domain
+from gguftool.cli import cli
 from gguftool.convert import convert
+from gguftool.corpus import load_domain
 from gguftool.dern import dern
 from gguftool.errors import GgufToolError
 from gguftool.experts import canonical
@@ -44,6 +46,7 @@ from synthetic import make_plan as plan_of
 from test_oracles import BOUND, difference, logits
 from tiny_archs import run_converter
 
+F32_CACHE = ("-ctk", "f32", "-ctv", "f32", "-t", 2, "-fa", "off")
 TOKENS = np.random.default_rng(5).integers(1, 300, 64)
 WINDOWS = np.random.default_rng(6).integers(1, 300, (6, 48))
 DOMAINS = [(Domain("tiny", "0" * 64, WINDOWS.size), WINDOWS)]
@@ -156,7 +159,9 @@ def mask(checkpoint: Checkpoint, plan: PrunePlan, weights: Overrides | None = No
     for layer in plan.layers:
         rows = dict(zip(layer.router, layer.retained, strict=True))
         retained[layer.index] = [rows.get(e, np.arange(0)) for e in range(plan.n_expert)]
-        module = model.get_submodule(f"{checkpoint.architecture.layers}.{layer.index}.{checkpoint.architecture.experts}")
+        module = model.get_submodule(
+            f"{checkpoint.architecture.layers}.{layer.index}.{checkpoint.architecture.experts}"
+        )
         down = canonical(module).get_parameter("down_proj")
         for expert, neurons in rows.items() if weights is not None else ():
             if (columns := weights.get(layer.index, expert, "down")) is not None:
@@ -173,8 +178,8 @@ def test_the_imatrix_is_that_of_llama_imatrix(name, checkpoints, bases, runtime,
     text.write_text(sample_text(400))
     domain = load_domain(text, checkpoint.tokenizer(), 64, 4)
     stats = calibrate(checkpoint, [domain], tmp_path / "work", obs=False)
-    options = ["-m", base, "-f", text, "-o", tmp_path / "theirs.gguf", "--chunks", 4, "-c", 64, "-ctk", "f32", "-ctv", "f32"]
-    code, output = llama(runtime, "llama-imatrix", *options, "-t", 2, "-fa", "off")
+    options = ["-m", base, "-f", text, "-o", tmp_path / "theirs.gguf", "--chunks", 4, "-c", 64]
+    code, output = llama(runtime, "llama-imatrix", *options, *F32_CACHE)
     assert code == 0, output[-2000:]
     file = GgufFile(tmp_path / "theirs.gguf")
     theirs = {spec.name: file.raw(spec).view("<f4") for spec in file.tensors}
@@ -301,3 +306,16 @@ def test_a_variant_whose_routing_llama_cpp_does_not_have_is_refused(checkpoints,
 def test_an_architecture_without_a_row_is_refused_with_how_to_add_one():
     with pytest.raises(GgufToolError, match=r"'dbrx'.*known are .*qwen3_moe.*lacks a row in gguftool/architectures.py"):
         for_model_type("dbrx")
+
+
+def test_a_family_that_was_left_out_says_why():
+    with pytest.raises(GgufToolError, match="phimoe is left out: llama.cpp computes another function"):
+        for_model_type("phimoe")
+
+
+def test_the_command_lists_every_row():
+    done = CliRunner().invoke(cli, ["architectures", "--json"])
+    listed = json.loads(done.stdout)["architectures"]
+    assert [one["model_type"][0] for one in listed] == [row.model_type for row in ARCHITECTURES]
+    assert all(one["reference"].count("/") == 1 for one in listed)
+    assert "openai/gpt-oss-20b" in CliRunner().invoke(cli, ["architectures"], env={"COLUMNS": "300"}).stdout

@@ -27,7 +27,7 @@ ROWS = [
     ({"planner", "variants"}, {"numpy"}),
     ({"sensitivity"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
-    ({"experts"}, {"torch"}),
+    ({"experts", "stored"}, {"numpy", "torch"}),
     ({"corpus", "checkpoint", "surgery", "cut", "requant", "router_fix"},
      {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
     ({"obs"}, {"torch"}),
