@@ -338,11 +338,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )
 
 
+# Families that were tried and have no row, and why.
+LEFT_OUT = {
+    "phimoe": "llama.cpp computes another function: RMS norms for its layer norms, one softmax for its SparseMixer",
+    "llama4": "its experts are not told which of them were chosen, and get inputs that the router has weighted",
+    "llama4_text": "its experts are not told which of them were chosen, and get inputs that the router has weighted",
+    "hunyuan_v1_moe": "its converter reads lists with a value for every layer from config.json, which nothing here does",
+}
+
+
 def for_model_type(model_type: str) -> Architecture:
     """The row for config.json's `model_type`. Raises GgufToolError for one that has no row."""
     known = {name: row for row in ARCHITECTURES for name in (row.model_type, *row.also)}
     if model_type in known:
         return known[model_type]
+    if model_type in LEFT_OUT:
+        raise GgufToolError(f"the architecture {model_type} is left out: {LEFT_OUT[model_type]}")
     near = get_close_matches(model_type, known, n=2)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise GgufToolError(

@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .durable import SAVED
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
 from .grams import Grams, ObsPlan
-from .inventory import model_facts
+from .inventory import in_gguf_order, model_facts
 from .memory import MemoryPlan, plan_memory
 from .ranks import ALONE, Ranks
 from .recorders import ExpertRecorder
@@ -101,7 +101,7 @@ def calibrate(
         neurons={name: np.stack([arrays[f"neuron.{name}"] for arrays in moe]) for name in names},
         expert_inputs=np.stack([arrays["expert_inputs"] for arrays in moe]),
         residual_inverse=np.concatenate([arrays["residual_inverse"] for arrays in moe]),
-        linears=linears,
+        linears=in_gguf_order(checkpoint, linears),
         linear_tokens=run.tokens,
     )
     stats.check()

@@ -12,19 +12,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from .architectures import Architecture, for_model_type
 from .errors import GgufToolError
+from .stored import StoredTensor, dequantize_mxfp4, first_line, map_tensor, stored_tensors
 
-DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 # What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
 PIECES, PIECE_BYTES = 10, 4096
 # Tensors of old checkpoints that are recomputed, not loaded (llama.cpp's converter skips the same ones).
@@ -33,22 +30,7 @@ IGNORED = (".rotary_emb.inv_freq",)
 # What transformers 5 keeps of a layer's experts: [E, 2K, d] and [E, d, K], or transposed.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
-# The sixteen 4-bit floats of MXFP4, one sign, two bits of exponent, one of mantissa.
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
 Projection = Literal["gate", "up", "down"]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, row-major, `dtype` one of DTYPES."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -231,7 +213,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor in the checkpoint's own type, mapped from disk (a copy is made only where it is written to)."""
-        return _map_tensor(self.tensors[name])
+        return map_tensor(self.tensors[name])
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer. Raises GgufToolError where it has none that can be loaded."""
@@ -240,7 +222,7 @@ class Checkpoint:
             # Without its files transformers makes an empty one of the architecture's class.
             works = bool(tokenizer.encode("word", add_special_tokens=False))
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise GgufToolError(f"{self.path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+            raise GgufToolError(f"{self.path}: its tokenizer cannot be loaded ({first_line(error)})") from error
         if not works:
             raise GgufToolError(f"{self.path}: its tokenizer cannot be loaded (no tokenizer.json)")
         return tokenizer
@@ -304,8 +286,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GgufToolError(f"{directory}: config.json is refused by transformers ({_first_line(error)})") from error
-    tensors = _index(directory)
+        raise GgufToolError(f"{directory}: config.json is refused by transformers ({first_line(error)})") from error
+    tensors = stored_tensors(directory)
     name = Path(path).resolve().name if Path(path).is_dir() else str(path).rpartition("/")[2]
     checkpoint = Checkpoint(directory, name, config, architecture, tensors, _fingerprint(raw, tensors))
     _check_experts(checkpoint)
@@ -321,10 +303,6 @@ def lacks_predictors(directory: Path) -> bool:
     return checkpoint.architecture.predictors == "kept" and not checkpoint.n_predict
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _resolve(path: str | Path) -> Path:
     """The directory of a checkpoint; a hub id is downloaded."""
     if Path(path).is_dir():
@@ -338,9 +316,7 @@ def _resolve(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
-        raise GgufToolError(
-            f"{path}: no such directory, and the hub does not give it ({_first_line(error)})"
-        ) from error
+        raise GgufToolError(f"{path}: no such directory, and the hub does not give it ({first_line(error)})") from error
 
 
 def _read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
@@ -351,7 +327,7 @@ def _read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
     except FileNotFoundError as error:
         raise GgufToolError(f"{directory}: no config.json; not a Hugging Face checkpoint") from error
     except (ValueError, OSError) as error:
-        raise GgufToolError(f"{directory}: config.json cannot be read ({_first_line(error)})") from error
+        raise GgufToolError(f"{directory}: config.json cannot be read ({first_line(error)})") from error
     if not isinstance(fields, dict):
         raise GgufToolError(f"{directory}: config.json is no JSON object")
     return raw, fields
@@ -370,75 +346,6 @@ def _check_variant(directory: Path, row: Architecture, fields: Mapping[str, Any]
     for key, value, why in row.refused:
         if text.get(key) == value:
             raise GgufToolError(f"{directory}: config.json has {key} = {value!r}: {why}")
-
-
-def _index(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint: shards in the order of their names, tensors in theirs."""
-    index = directory / "model.safetensors.index.json"
-    indexed: dict[str, str] | None = None
-    if index.is_file():
-        try:
-            indexed = dict(json.loads(index.read_bytes())["weight_map"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise GgufToolError(f"{index}: not a safetensors index ({_first_line(error)})") from error
-        files = [directory / file for file in sorted(set(indexed.values()))]
-    else:
-        files = sorted(directory.glob("model*.safetensors"))
-    if not files:
-        raise GgufToolError(f"{directory}: no model*.safetensors; other formats have to be converted to it first")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for tensor in _read_header(file):
-            if tensor.name in tensors:
-                raise GgufToolError(f"{file}: {tensor.name} is in {tensors[tensor.name].file.name} as well")
-            if indexed is not None and indexed.get(tensor.name) != file.name:
-                raise GgufToolError(f"{file}: {tensor.name} is not there according to {index.name}")
-            tensors[tensor.name] = tensor
-    for name, shard in (indexed or {}).items():
-        if name not in tensors:
-            raise GgufToolError(f"{directory / shard}: lacks {name}, which {index.name} promises")
-    return tensors
-
-
-def _read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one shard in the order of their names. Every one is checked to lie inside the file."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise GgufToolError(f"{file}: truncated: {size} bytes do not hold the header; download it again")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        return [_stored_tensor(file, size, 8 + length, name, header[name]) for name in sorted(header)]
-    except FileNotFoundError as error:
-        raise GgufToolError(f"{file}: the shard is missing; download it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise GgufToolError(f"{file}: damaged safetensors header ({_first_line(error)}); download it again") from error
-
-
-def _stored_tensor(file: Path, size: int, start: int, name: str, entry: Mapping[str, Any]) -> StoredTensor:
-    """One entry of a safetensors header, checked."""
-    dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
-    if dtype not in DTYPES:
-        raise GgufToolError(f"{file}: {name} is {dtype}; gguftool reads {', '.join(DTYPES)} checkpoints")
-    if end - begin != prod(shape) * DTYPES[dtype].itemsize or begin < 0:
-        raise GgufToolError(f"{file}: {name} has {end - begin} bytes, which is not {list(shape)} in {dtype}")
-    if start + end > size:
-        raise GgufToolError(
-            f"{file}: truncated: {name} ends at byte {start + end}, the file at {size}; download it again"
-        )
-    return StoredTensor(name, file, dtype, shape, start + begin, end - begin)
-
-
-def _map_tensor(stored: StoredTensor) -> Tensor:
-    """The tensor's bytes mapped copy-on-write, so that nothing is read before it is needed."""
-    try:
-        data = np.memmap(stored.file, dtype=np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
-    except (OSError, ValueError) as error:
-        raise GgufToolError(f"{stored.file}: {stored.name} cannot be read ({_first_line(error)})") from error
-    return torch.from_numpy(data).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 def _fingerprint(config: bytes, tensors: Mapping[str, StoredTensor]) -> str:
@@ -462,14 +369,6 @@ def _pieces(nbytes: int) -> list[tuple[int, int]]:
         return [(0, nbytes)]
     starts = (i * (nbytes - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES))
     return [(start, start + PIECE_BYTES) for start in starts]
-
-
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4 (OCP Microscaling Formats 1.0): blocks uint8 [rows, n, 16], two 4-bit floats a byte, the lower half first, and
-    scales uint8 [rows, n], exponents with a bias of 127 -> float32 [rows, 32 n]."""
-    pairs = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    values = torch.tensor(_FP4, dtype=torch.float32)[pairs.int()]
-    return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:

@@ -83,7 +83,8 @@ def cli(context: click.Context) -> None:
 
 for _command in (
     cli_compress.compress, cli_compress.demo,
-    cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.methods, cli_plan.plan, cli_refit.refit, cli_refit.dern,
+    cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.architectures, cli_plan.methods, cli_plan.plan,
+    cli_refit.refit, cli_refit.dern,
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,
     cli_sensitivity.sensitivity, cli_sweep.sweep,
     cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench,

@@ -1,4 +1,4 @@
-"""The commands that decide: methods and plans."""
+"""The commands that decide: model families, methods and plans."""
 
 from __future__ import annotations
 
@@ -23,6 +23,29 @@ def methods(as_json: bool, quiet: bool) -> None:
         table.add_row(method.name, method.summary, method.source, "stock" if method.stock else "tiered")
     facts = [{"name": m.name, "summary": m.summary, "source": m.source, "stock": m.stock} for m in METHODS.values()]
     make_terminal(as_json, quiet).show({"methods": facts}, table)
+
+
+@click.command()
+@output_options
+def architectures(as_json: bool, quiet: bool) -> None:
+    """List the model families that can be calibrated and pruned, with a public checkpoint of each."""
+    from rich.table import Table
+
+    from .architectures import ARCHITECTURES, LEFT_OUT
+
+    table = Table("family", "model_type", "GGUF", "for example", "what is special")
+    for row in ARCHITECTURES:
+        types = ", ".join((row.model_type, *row.also))
+        table.add_row(row.title, types, row.gguf_arch, row.reference, row.special)
+    facts = [
+        {
+            "name": row.title, "model_type": [row.model_type, *row.also], "gguf_arch": row.gguf_arch,
+            "reference": row.reference, "special": row.special,
+        }
+        for row in ARCHITECTURES
+    ]  # fmt: skip
+    lines = [f"left out: {name}: {why}" for name, why in LEFT_OUT.items()]
+    make_terminal(as_json, quiet).show({"architectures": facts, "left_out": LEFT_OUT}, table, *lines)
 
 
 @click.command()

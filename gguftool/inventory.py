@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import gguf
+import numpy as np
+from numpy.typing import NDArray
 
 from .architectures import Architecture, Converted
 from .checkpoint import EXPERT_PARAMETERS, IGNORED, Checkpoint, StoredTensor
@@ -78,6 +81,17 @@ def matrices(checkpoint: Checkpoint, stored: str) -> list[str]:
     tensor = checkpoint.tensors[stored]
     pieces = [piece for piece in _written(checkpoint, checkpoint.converter_name(stored), tensor) if piece.same_input]
     return [piece.name if piece.final else gguf_name(checkpoint, piece.name) for piece in pieces]
+
+
+def in_gguf_order(checkpoint: Checkpoint, sums: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Sums over the inputs of matrices, GGUF name -> [columns], in the order of the GGUF's columns."""
+    out = dict(sums)
+    for rule in checkpoint.architecture.converted:
+        for layer in range(checkpoint.n_layers) if rule.rule == "tiled_heads" else ():
+            stored = checkpoint.layer_name(layer, rule.suffix)
+            for name in matrices(checkpoint, stored) if stored in checkpoint.tensors else ():
+                out[name] = out[name][_tiled(checkpoint)]
+    return out
 
 
 def weight_type(checkpoint: Checkpoint) -> str:
@@ -230,8 +244,15 @@ def _grouped(checkpoint: Checkpoint, prefix: str, _: int, shape: Shape, rule: Co
 
 
 def _tiled_heads(_: Checkpoint, prefix: str, __: int, shape: Shape, rule: Converted) -> list[Written]:
-    """Columns in another order of heads: the sums over the stored matrix's input would have to move with them."""
-    return [Written(prefix + rule.suffix, shape, same_input=False)]
+    """Columns in another order of heads, see `_tiled`."""
+    return [Written(prefix + rule.suffix, shape)]
+
+
+def _tiled(checkpoint: Checkpoint) -> NDArray[np.int64]:
+    """Which of the stored columns stands where: value heads by key head become those of all key heads in turns."""
+    config = checkpoint.config
+    keys, values, size = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
+    return np.arange(values * size).reshape(keys, values // keys, size).transpose(1, 0, 2).reshape(-1)
 
 
 RULES: dict[str, Rule] = {

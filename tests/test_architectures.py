@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,9 @@ from gguftool import surgery
 from gguftool.architectures import ARCHITECTURES, for_model_type
 from gguftool.calibrate import calibrate
 from gguftool.checkpoint import Checkpoint, open_checkpoint
+from gguftool.cli import cli
 from gguftool.convert import convert
+from gguftool.corpus import load_domain
 from gguftool.dern import dern
 from gguftool.errors import GgufToolError
 from gguftool.experts import canonical
@@ -31,16 +34,19 @@ from gguftool.inventory import gguf_tensors
 from gguftool.overrides import Overrides
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
-from gguftool.quantize import QuantizeTool, quantize
+from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
 from gguftool.recipe import Recipe
 from gguftool.refit import refit
 from gguftool.sequential import refit_sequentially
 from gguftool.stats import Domain
 from gguftool.writer import prune
+from llama_tools import run as llama
+from models import sample_text
 from synthetic import make_plan as plan_of
 from test_oracles import BOUND, difference, logits
 from tiny_archs import run_converter
 
+F32_CACHE = ("-ctk", "f32", "-ctv", "f32", "-t", 2, "-fa", "off")
 TOKENS = np.random.default_rng(5).integers(1, 300, 64)
 WINDOWS = np.random.default_rng(6).integers(1, 300, (6, 48))
 DOMAINS = [(Domain("tiny", "0" * 64, WINDOWS.size), WINDOWS)]
@@ -165,11 +171,31 @@ def mask(checkpoint: Checkpoint, plan: PrunePlan, weights: Overrides | None = No
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_imatrix_is_taken_by_llama_quantize(name, checkpoints, bases, runtime, tmp_path):
-    stats = calibrate(open_checkpoint(checkpoints[name]), DOMAINS, tmp_path / "work")
+def test_the_imatrix_is_that_of_llama_imatrix(name, checkpoints, bases, runtime, tmp_path):
+    """Every entry, and no fewer; llama-quantize takes it."""
+    checkpoint, base = open_checkpoint(checkpoints[name]), bases[name]
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(400))
+    domain = load_domain(text, checkpoint.tokenizer(), 64, 4)
+    stats = calibrate(checkpoint, [domain], tmp_path / "work", obs=False)
+    options = ["-m", base, "-f", text, "-o", tmp_path / "theirs.gguf", "--chunks", 4, "-c", 64]
+    code, output = llama(runtime, "llama-imatrix", *options, *F32_CACHE)
+    assert code == 0, output[-2000:]
+    file = GgufFile(tmp_path / "theirs.gguf")
+    theirs = {spec.name: file.raw(spec).view("<f4") for spec in file.tensors}
+    ours = imatrix_entries(stats, (), GgufFile(base).tensors)
+    names = {name.removesuffix(".in_sum2") for name in theirs if name.endswith(".in_sum2")}
+    # Never quantized, and the absorbed key projection of latent attention, whose input is the query.
+    unseen = {name for name in names if "ffn_gate_inp" in name or "attn_k_b" in name}
+    assert set(ours) == names - unseen
+    for entry, (sums, counts) in ours.items():
+        # llama-imatrix keeps one count for the matrices of all heads.
+        assert (counts == theirs[f"{entry}.counts"].ravel()).all(), entry
+        want = theirs[f"{entry}.in_sum2"].reshape(sums.shape)
+        if "attn_v_b" not in entry:  # we see what the attention takes the mean of
+            assert np.linalg.norm(sums - want) < 1e-2 * np.linalg.norm(want), entry
     tools = QuantizeTool(runtime.tool("llama-quantize"))
-    quantize(bases[name], "IQ4_NL", tmp_path / "out.gguf", imatrix=stats, tools=tools)
-    assert GgufFile(tmp_path / "out.gguf").path.stat().st_size < bases[name].stat().st_size / 2
+    quantize(base, "IQ4_NL", tmp_path / "out.gguf", imatrix=stats, tools=tools)
 
 
 @pytest.mark.parametrize("name", ("qwen3_next", "qwen3_5_moe"))
@@ -280,3 +306,16 @@ def test_a_variant_whose_routing_llama_cpp_does_not_have_is_refused(checkpoints,
 def test_an_architecture_without_a_row_is_refused_with_how_to_add_one():
     with pytest.raises(GgufToolError, match=r"'dbrx'.*known are .*qwen3_moe.*lacks a row in gguftool/architectures.py"):
         for_model_type("dbrx")
+
+
+def test_a_family_that_was_left_out_says_why():
+    with pytest.raises(GgufToolError, match="phimoe is left out: llama.cpp computes another function"):
+        for_model_type("phimoe")
+
+
+def test_the_command_lists_every_row():
+    done = CliRunner().invoke(cli, ["architectures", "--json"])
+    listed = json.loads(done.stdout)["architectures"]
+    assert [one["model_type"][0] for one in listed] == [row.model_type for row in ARCHITECTURES]
+    assert all(one["reference"].count("/") == 1 for one in listed)
+    assert "openai/gpt-oss-20b" in CliRunner().invoke(cli, ["architectures"], env={"COLUMNS": "300"}).stdout

@@ -57,7 +57,8 @@ def stub(*experts: torch.Tensor) -> SimpleNamespace:
         own = experts[index]
         return {"gate": own[:, :1], "up": own[:, 1:2], "down": own[:, 2:].T}
 
-    return SimpleNamespace(fingerprint="f", name="stub", n_embd=1, expert=expert)
+    row = SimpleNamespace(expert_bias=False)
+    return SimpleNamespace(fingerprint="f", name="stub", n_embd=1, expert=expert, architecture=row)
 
 
 def test_the_method_keeps_the_experts_of_largest_mean_weight():

@@ -110,7 +110,7 @@ def test_one_speaks_for_all_and_an_error_of_one_ends_all(model, tmp_path):
     text.write_text(sample_text(300))
     command = ["-m", "gguftool", "calibrate", str(model), "-o", str(out), "--ctx", "32", "--windows", "3", "--no-obs"]
     first, second = start([[*command, "--data", str(text)]] * 2)
-    assert first.stdout == f"{out}: 96 tokens, 3 layers, 0 experts never routed\n"
+    assert first.stdout.startswith(f"{out}: 96 tokens, 3 layers, 0 experts never routed\n")
     assert (second.stdout, second.stderr) == ("", "")
     missing = [*command, "--force", "--data", str(tmp_path / "missing.txt")]
     for commands, line in (

@@ -31,7 +31,7 @@ ROWS = [
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"chat"}, {"jinja2", "transformers"}),
     ({"documents"}, {"datasets"}),
-    ({"experts"}, {"torch"}),
+    ({"experts", "stored"}, {"numpy", "torch"}),
     ({"corpus", "checkpoint", "surgery", "cut", "requant", "router_fix", "windows"},
      {"numpy", "torch", "tokenizers", "safetensors", "transformers", "huggingface_hub", "gguf", "jinja2"}),
     ({"obs"}, {"torch"}),

@@ -1,0 +1,113 @@
+"""The tensors of a safetensors checkpoint on disk: headers, checked before any work, and values one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import GgufToolError
+
+DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+# The sixteen 4-bit floats of MXFP4, one sign, two bits of exponent, one of mantissa.
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, row-major, `dtype` one of DTYPES."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint: shards in the order of their names, tensors in theirs."""
+    index = directory / "model.safetensors.index.json"
+    indexed: dict[str, str] | None = None
+    if index.is_file():
+        try:
+            indexed = dict(json.loads(index.read_bytes())["weight_map"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise GgufToolError(f"{index}: not a safetensors index ({first_line(error)})") from error
+        files = [directory / file for file in sorted(set(indexed.values()))]
+    else:
+        files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise GgufToolError(f"{directory}: no model*.safetensors; other formats have to be converted to it first")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                raise GgufToolError(f"{file}: {tensor.name} is in {tensors[tensor.name].file.name} as well")
+            if indexed is not None and indexed.get(tensor.name) != file.name:
+                raise GgufToolError(f"{file}: {tensor.name} is not there according to {index.name}")
+            tensors[tensor.name] = tensor
+    for name, shard in (indexed or {}).items():
+        if name not in tensors:
+            raise GgufToolError(f"{directory / shard}: lacks {name}, which {index.name} promises")
+    return tensors
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one shard in the order of their names. Every one is checked to lie inside the file."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise GgufToolError(f"{file}: truncated: {size} bytes do not hold the header; download it again")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return [_stored_tensor(file, size, 8 + length, name, header[name]) for name in sorted(header)]
+    except FileNotFoundError as error:
+        raise GgufToolError(f"{file}: the shard is missing; download it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise GgufToolError(f"{file}: damaged safetensors header ({first_line(error)}); download it again") from error
+
+
+def _stored_tensor(file: Path, size: int, start: int, name: str, entry: Mapping[str, Any]) -> StoredTensor:
+    """One entry of a safetensors header, checked."""
+    dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+    begin, end = (int(n) for n in entry["data_offsets"])
+    if dtype not in DTYPES:
+        raise GgufToolError(f"{file}: {name} is {dtype}; gguftool reads {', '.join(DTYPES)} checkpoints")
+    if end - begin != prod(shape) * DTYPES[dtype].itemsize or begin < 0:
+        raise GgufToolError(f"{file}: {name} has {end - begin} bytes, which is not {list(shape)} in {dtype}")
+    if start + end > size:
+        raise GgufToolError(
+            f"{file}: truncated: {name} ends at byte {start + end}, the file at {size}; download it again"
+        )
+    return StoredTensor(name, file, dtype, shape, start + begin, end - begin)
+
+
+def map_tensor(stored: StoredTensor) -> Tensor:
+    """The tensor's bytes mapped copy-on-write, so that nothing is read before it is needed."""
+    try:
+        data = np.memmap(stored.file, dtype=np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
+    except (OSError, ValueError) as error:
+        raise GgufToolError(f"{stored.file}: {stored.name} cannot be read ({first_line(error)})") from error
+    return torch.from_numpy(data).view(DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """MXFP4 (OCP Microscaling Formats 1.0): blocks uint8 [rows, n, 16], two 4-bit floats a byte, the lower half first, and
+    scales uint8 [rows, n], exponents with a bias of 127 -> float32 [rows, 32 n]."""
+    pairs = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
+    values = torch.tensor(_FP4, dtype=torch.float32)[pairs.int()]
+    return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
