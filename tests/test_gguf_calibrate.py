@@ -336,7 +336,7 @@ def test_the_fingerprint_is_that_of_the_contents(tiny, tmp_path):
 def job(runtime, llama, eval_text) -> Iterator[partial]:
     yield partial(
         Job, calibration=[builtin.texts()["calib_code"]], evaluation=[eval_text], runtime=runtime, llama=llama,
-        progress=lambda *_: None, windows=8, eval_windows=2, pre_tokenizer="qwen2",
+        progress=lambda *_: None, windows=4, eval_windows=2, pre_tokenizer="qwen2",
     )  # fmt: skip
 
 
