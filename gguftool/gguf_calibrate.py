@@ -54,6 +54,7 @@ def calibrate_gguf(
         batch: windows that run at once, fewer where the vocabulary is large.
         obs: whether to solve OBS costs too; None where a layer's second moments take at most OBS_BYTES.
         memory: bytes that second moments may take; what does not fit costs further passes over the texts.
+        save_seconds: how often the sums are saved at most; 0 for behind every batch.
         progress: called with (windows of all passes done, all of them, which pass runs).
 
     Raises GgufToolError for a file or windows that do not fit, and where a sum is not finite.

@@ -34,8 +34,8 @@ from .windows import Windows, batches, check_domains
 
 # Rises where what a stage leaves behind changes.
 VERSION = 1
-# The sums are saved when so much time has passed, and never so often that more than a twentieth of it goes into saving.
-SAVE_SECONDS = 60.0
+# The sums are saved when so much time has passed, and not so often that more than a twentieth of it goes into saving.
+SAVE_SECONDS = 20.0
 # A batch is made smaller where its logits, which llama.cpp computes for every token, would take more.
 LOGITS_BYTES = 1 << 30
 # What second moments may take by default.
@@ -220,7 +220,7 @@ class GgufPasses:
             run.run(self.corpus.windows[part], stage)
             self.progress(index * windows + part.stop, count * windows, f"pass {index + 1} of {count}")
             now = time.monotonic()
-            if now - saved >= max(self.save_seconds, 20 * cost):
+            if not self.save_seconds or now - saved >= max(self.save_seconds, 20 * cost):
                 self.work.keep(index, number + 1, stage.sums())
                 saved = time.monotonic()
                 cost = saved - now

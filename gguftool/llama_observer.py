@@ -12,7 +12,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Collection
+import signal
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,7 +236,8 @@ class LlamaRun:
             batch.seq_id[i][0] = i // n_ctx
         watcher = self._watcher = _Watcher(self._ggml, sink)
         self._error = None
-        code = llama.llama_decode(self._context, batch)
+        with self._holding_back():
+            code = llama.llama_decode(self._context, batch)
         if self._error is not None:
             raise self._error
         if code:
@@ -243,14 +247,29 @@ class LlamaRun:
 
     def _called(self, tensor: Any, ask: bool, _data: object) -> bool:
         """llama.cpp's callback. No exception may leave it: what is raised waits until llama_decode has returned."""
-        if self._error is not None or self._watcher is None:
-            return False
+        if self._error is None and self._watcher is not None:
+            try:
+                return self._watcher.wants(tensor.contents) if ask else self._watcher.take(tensor)
+            except BaseException as error:
+                self._error = error
+        # Asked: the node that is wanted ends the computation behind it.
+        return ask
+
+    @contextmanager
+    def _holding_back(self) -> Iterator[None]:
+        """Ctrl-C waits until llama_decode has returned, and makes it return soon.
+
+        Raised at the wrong place, on the way into the callback, it would be swallowed and a node be lost.
+        """
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            yield
+            return
+        signal.signal(signal.SIGINT, lambda *_: setattr(self, "_error", KeyboardInterrupt()))
         try:
-            return self._watcher.wants(tensor.contents) if ask else self._watcher.take(tensor)
-        except BaseException as error:
-            self._error = error
-            # Asked: the node that is wanted ends the computation behind it.
-            return ask
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _load(self) -> None:
         llama = self._llama

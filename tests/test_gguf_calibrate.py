@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -244,6 +245,23 @@ def test_what_is_raised_while_llama_cpp_runs_comes_out(tiny, llama):
         pytest.raises(KeyboardInterrupt),
     ):
         run.run(np.ones((1, N_CTX), dtype=np.int64), Stopped())
+
+
+def test_ctrl_c_waits_for_llama_cpp_and_is_not_lost(tiny, llama):
+    """Raised between llama.cpp and the callback's first line it would be swallowed, and a node with it."""
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    class Pressed:
+        layers, whole = (0,), True
+
+        def matrix(self, name: str, x: torch.Tensor) -> None:
+            signal.raise_signal(signal.SIGINT)
+            seen.append(name)
+
+    with open_session(llama) as session, LlamaRun(session, tiny["olmoe"], N_CTX, 1) as run:
+        with pytest.raises(KeyboardInterrupt):
+            run.run(np.ones((1, N_CTX), dtype=np.int64), Pressed())
+        assert len(seen) == 1 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_layers_are_grouped_by_memory():
