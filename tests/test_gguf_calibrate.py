@@ -249,7 +249,8 @@ def test_what_is_raised_while_llama_cpp_runs_comes_out(tiny, llama):
 
 def test_ctrl_c_waits_for_llama_cpp_and_is_not_lost(tiny, llama):
     """Raised between llama.cpp and the callback's first line it would be swallowed, and a node with it."""
-    before, seen = signal.getsignal(signal.SIGINT), []
+    # A shell that runs this in the background has it ignore Ctrl-C.
+    outside, seen = signal.signal(signal.SIGINT, signal.default_int_handler), []
 
     class Pressed:
         layers, whole = (0,), True
@@ -258,10 +259,13 @@ def test_ctrl_c_waits_for_llama_cpp_and_is_not_lost(tiny, llama):
             signal.raise_signal(signal.SIGINT)
             seen.append(name)
 
-    with open_session(llama) as session, LlamaRun(session, tiny["olmoe"], N_CTX, 1) as run:
-        with pytest.raises(KeyboardInterrupt):
-            run.run(np.ones((1, N_CTX), dtype=np.int64), Pressed())
-        assert len(seen) == 1 and signal.getsignal(signal.SIGINT) is before
+    try:
+        with open_session(llama) as session, LlamaRun(session, tiny["olmoe"], N_CTX, 1) as run:
+            with pytest.raises(KeyboardInterrupt):
+                run.run(np.ones((1, N_CTX), dtype=np.int64), Pressed())
+            assert len(seen) == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 def test_layers_are_grouped_by_memory():
