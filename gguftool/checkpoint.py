@@ -20,10 +20,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from .architectures import Architecture, for_model_type
 from .errors import GgufToolError
-from .stored import StoredTensor, dequantize_mxfp4, first_line, map_tensor, stored_tensors
+from .stored import StoredTensor, dequantize_mxfp4, first_line, map_tensor, pieces, stored_tensors
 
-# What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
-PIECES, PIECE_BYTES = 10, 4096
 # Tensors of old checkpoints that are recomputed, not loaded (llama.cpp's converter skips the same ones).
 IGNORED = (".rotary_emb.inv_freq",)
 
@@ -357,18 +355,10 @@ def _fingerprint(config: bytes, tensors: Mapping[str, StoredTensor]) -> str:
         for name in sorted(tensors):
             tensor = tensors[name]
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-            for start, end in _pieces(tensor.nbytes):
+            for start, end in pieces(tensor.nbytes):
                 files[tensor.file].seek(tensor.offset + start)
                 digest.update(files[tensor.file].read(end - start))
     return digest.hexdigest()
-
-
-def _pieces(nbytes: int) -> list[tuple[int, int]]:
-    """What is read of a tensor of `nbytes` bytes: all of a small one, else PIECES evenly spaced pieces."""
-    if nbytes <= PIECES * PIECE_BYTES:
-        return [(0, nbytes)]
-    starts = (i * (nbytes - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES))
-    return [(start, start + PIECE_BYTES) for start in starts]
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:

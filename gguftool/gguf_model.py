@@ -21,10 +21,8 @@ from .gguf_file import GgufFile
 from .layout import parse
 from .requant import dequantize_rows
 from .stats import ModelFacts
+from .stored import pieces
 from .tensors import TensorSpec
-
-# What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
-PIECES, PIECE_BYTES = 10, 4096
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,6 @@ def _fingerprint(file: GgufFile) -> str:
     for spec in sorted(file.tensors, key=lambda spec: spec.name):
         raw = file.raw(spec).reshape(-1)
         digest.update(json.dumps([spec.name, spec.type, spec.ne]).encode())
-        if raw.nbytes <= PIECES * PIECE_BYTES:
-            digest.update(raw.tobytes())
-            continue
-        for index in range(PIECES):
-            start = index * (raw.nbytes - PIECE_BYTES) // (PIECES - 1)
-            digest.update(raw[start : start + PIECE_BYTES].tobytes())
+        for start, end in pieces(raw.nbytes):
+            digest.update(raw[start:end].tobytes())
     return digest.hexdigest()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .chat import ChatTemplate, template_of_gguf
 from .errors import GgufToolError
 from .perplexity import open_session
 
@@ -38,6 +41,20 @@ class GgufTokenizer:
     def eos_token_id(self) -> int | None:
         """The token that ends a text."""
         return self._known(self._llama.llama_vocab_eos(self._vocab))
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        return template_of_gguf(self._path)
+
+    @property
+    def chat_template(self) -> Mapping[str, str] | None:
+        """See `chat.Chats`; from the file's metadata."""
+        return self._template.sources if self._template else None
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """See `chat.Chats`."""
+        return self._template.special if self._template else {}
 
     def encode(self, text: str, *, add_special_tokens: bool, **_: Any) -> list[int]:
         """The text's tokens; special tokens that it spells out become special tokens."""

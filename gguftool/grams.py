@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .obs import costs
 from .ranks import ALONE, Ranks
+from .recorders import add_gram
 from .routes import RoutesFile
 
 # (experts done, all of them)
@@ -67,8 +68,7 @@ class Grams:
     def add(self, expert: int, h: Tensor, gate: Tensor) -> None:
         """Neurons [n, K] of one expert and the router's weights [n]."""
         if self.moments is not None:
-            weighted = (h * gate[:, None]).to(self._kind)
-            self.moments[expert].addmm_(weighted.T, weighted)
+            add_gram(self.moments[expert], h, gate)
 
     @torch.no_grad()
     def costs(self, counts: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .errors import GgufToolError
 from .ggml_nodes import CALLBACK, Ggml, address, ggml_path
-from .perplexity import Session
+from .perplexity import Loaded, Session
 
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _F32 = 0
@@ -191,7 +191,7 @@ class _Watcher:
         return self._shared[1]
 
 
-class LlamaRun:
+class LlamaRun(Loaded):
     """A GGUF loaded to be watched, on the CPU. A context manager: leaving it frees the model.
 
     Keys and values are kept in float32, so that what is measured is the model and not its cache.
@@ -199,26 +199,12 @@ class LlamaRun:
 
     def __init__(self, session: Session, path: Path, n_ctx: int, batch: int) -> None:
         """`n_ctx`: tokens of a window; `batch`: most windows that run at once, each a sequence of its own."""
-        self._session, self._llama, self._path, self._n_ctx, self._size = session, session.llama, path, n_ctx, batch
+        super().__init__(session, path)
+        self._n_ctx, self._size = n_ctx, batch
         self._ggml = Ggml(ggml_path(session.llama))
         self._watcher: _Watcher | None = None
         self._error: BaseException | None = None
         self._callback = CALLBACK(self._called)
-        self._model: Any = None
-        self._context: Any = None
-        self._batch: Any = None
-
-    def __enter__(self) -> LlamaRun:
-        """Raises GgufToolError, with llama.cpp's own words, for a file that it cannot load."""
-        try:
-            self._load()
-        except BaseException:
-            self._free()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._free()
 
     def run(self, windows: NDArray[np.int64], sink: Sink) -> bool:
         """Runs token ids [B, n_ctx] and gives `sink` what it wants.
@@ -301,15 +287,3 @@ class LlamaRun:
         params.no_perf = True
         params.cb_eval = type(params.cb_eval)(ctypes.cast(self._callback, ctypes.c_void_p).value)
         return params
-
-    def _free(self) -> None:
-        if self._batch is not None:
-            self._llama.llama_batch_free(self._batch)
-        if self._context:
-            self._llama.llama_free(self._context)
-        if self._model:
-            self._llama.llama_model_free(self._model)
-        self._batch = self._context = self._model = None
-
-    def _last_errors(self) -> str:
-        return "; ".join(self._session.log.errors) or "it gives no reason"

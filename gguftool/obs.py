@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -39,26 +40,29 @@ def costs(
     that proportion with that of removing a neuron and leaving the others alone, C_kk ||W_:k||^2.
 
     Args:
-        grams: C, E of [K, K]. downs: W, E of [d, K]. tokens: N, how many tokens each C runs over, [E].
+        grams: C, E of [K, K]. downs: W, E of [d, K], asked for as they are needed.
+        tokens: N, how many tokens each C runs over, [E].
         threads: experts that are worked on at the same time, each by one thread; 0 for as many as torch uses.
         tell: called with the number of experts that are done.
     """
     if not len(grams):
         return torch.zeros(0, 0, dtype=torch.float64)
-    jobs = list(zip(grams, downs, tokens.tolist(), strict=True))
-    found, done = [], 0
+    jobs = zip(grams, downs, tokens.tolist(), strict=True)
+    parallel = grams[0].device.type == "cpu" and len(grams) > 1
+    found: list[Tensor] = []
     # An expert that one thread works on stays in its caches, and matrices as small as these lose by being shared.
     with (
         _one_thread() as most,
         ThreadPoolExecutor(threads or most, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         # The GPU works on one expert after the other by itself.
-        run = pool.map if jobs[0][0].device.type == "cpu" and len(jobs) > 1 else map
-        for cost in run(_quietly, *zip(*jobs, strict=True)):
-            found.append(cost)
-            done += 1
-            if tell is not None:
-                tell(done)
+        run = pool.map if parallel else map
+        # A few at a time: `downs` may make each when it is asked for, and a layer of them is as large as the layer.
+        while some := list(islice(jobs, 4 * (threads or most))):
+            for cost in run(_quietly, *zip(*some, strict=True)):
+                found.append(cost)
+                if tell is not None:
+                    tell(len(found))
     return torch.stack(found)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -201,11 +201,8 @@ def open_session(
         llama.llama_log_set(before, data)
 
 
-class LoadedModel:
-    """A loaded file with a context of one window. A context manager: leaving it frees both.
-
-    Attributes (inside the context): `n_vocab`; `bos`, the token that stands first in each window, or None.
-    """
+class Loaded:
+    """A file that llama.cpp has loaded, with a context and a batch. A context manager: leaving it frees all three."""
 
     def __init__(self, session: Session, path: Path) -> None:
         self._session, self._llama, self._path = session, session.llama, path
@@ -213,7 +210,7 @@ class LoadedModel:
         self._context: Any = None
         self._batch: Any = None
 
-    def __enter__(self) -> LoadedModel:
+    def __enter__(self) -> Self:
         """Raises GgufToolError, with llama.cpp's own words, for a file that it cannot load."""
         try:
             self._load()
@@ -233,6 +230,20 @@ class LoadedModel:
         if self._model:
             self._llama.llama_model_free(self._model)
         self._batch = self._context = self._model = None
+
+    def _load(self) -> None:
+        """Sets the three. Raises GgufToolError where llama.cpp gives none."""
+        raise NotImplementedError
+
+    def _last_errors(self) -> str:
+        return "; ".join(self._session.log.errors) or "it gives no reason"
+
+
+class LoadedModel(Loaded):
+    """One that runs a window at a time.
+
+    Attributes (inside the context): `n_vocab`; `bos`, the token that stands first in each window, or None.
+    """
 
     def _load(self) -> None:
         llama, n_ctx = self._llama, self._session.n_ctx
@@ -356,9 +367,6 @@ class LoadedModel:
         for token in range(self.n_vocab):
             digest.update((text(self._vocab, token) or b"") + b"\0")
         return digest.digest()
-
-    def _last_errors(self) -> str:
-        return "; ".join(self._session.log.errors) or "it gives no reason"
 
 
 def _usable_cpus() -> int:

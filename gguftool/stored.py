@@ -19,6 +19,9 @@ DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "B
 # The sixteen 4-bit floats of MXFP4, one sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+# What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
+PIECES, PIECE_BYTES = 10, 4096
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -111,3 +114,11 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def pieces(nbytes: int) -> list[tuple[int, int]]:
+    """What is read of a tensor of `nbytes` bytes: all of a small one, else PIECES evenly spaced pieces."""
+    if nbytes <= PIECES * PIECE_BYTES:
+        return [(0, nbytes)]
+    starts = (i * (nbytes - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES))
+    return [(start, start + PIECE_BYTES) for start in starts]

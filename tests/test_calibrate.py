@@ -14,13 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gguftool.calibrate import LayerStream, calibrate
-from gguftool.checkpoint import _pieces, open_checkpoint
+from gguftool.checkpoint import open_checkpoint
 from gguftool.errors import GgufToolError
 from gguftool.grams import Grams, ObsPlan
 from gguftool.inventory import gguf_name
 from gguftool.obs import RIDGE, costs
 from gguftool.recorders import ExpertRecorder, check_layout, recording
 from gguftool.stats import EXPERT_SUMS, CalibrationStats, Domain
+from gguftool.stored import pieces
 from models import MODEL_TYPES, tiny_checkpoint, tiny_model
 
 N_CTX = 12
@@ -350,11 +351,11 @@ def test_the_fingerprint_sees_all_over_a_tensor(tmp_path, at):
 
 
 def test_the_pieces_of_a_large_tensor():
-    pieces = _pieces(10**9)
-    assert len(pieces) == 10 and pieces[0] == (0, 4096) and pieces[-1] == (10**9 - 4096, 10**9)
-    assert {end - start for start, end in pieces} == {4096}
-    assert len({b[0] - a[0] for a, b in pairwise(pieces)}) <= 2
-    assert _pieces(40960) == [(0, 40960)]
+    found = pieces(10**9)
+    assert len(found) == 10 and found[0] == (0, 4096) and found[-1] == (10**9 - 4096, 10**9)
+    assert {end - start for start, end in found} == {4096}
+    assert len({b[0] - a[0] for a, b in pairwise(found)}) <= 2
+    assert pieces(40960) == [(0, 40960)]
 
 
 @pytest.mark.parametrize("damage", ["state.json", "hidden-001.bin", "layer-000.safetensors"])

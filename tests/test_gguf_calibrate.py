@@ -98,6 +98,23 @@ def test_the_vocabulary_cuts_the_same_windows_as_the_checkpoint(llama, base_gguf
         assert domain == want and np.array_equal(windows, expected)
 
 
+def test_conversations_go_through_the_template_in_the_file(llama, base_gguf, checkpoint_dir, tmp_path):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    entries, specs, file = entries_of(base_gguf, **{"tokenizer.chat_template": KeyValue(template, V.STRING)})
+    write_gguf(tmp_path / "chats.gguf", file.arch, entries, specs, file.raw)
+    theirs = open_checkpoint(checkpoint_dir).tokenizer()
+    theirs.chat_template = template
+    spoken = [{"messages": [{"role": "user", "content": f"what is {i}?"}]} for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, spoken)))
+    (domain, windows), (want, expected) = (
+        load_domain(tmp_path / "chat.jsonl", tokenizer, 32, 4)
+        for tokenizer in (GgufTokenizer(llama, tmp_path / "chats.gguf"), theirs)
+    )
+    assert domain == want and domain.template and np.array_equal(windows, expected)
+    with pytest.raises(GgufToolError, match="no chat template"):
+        load_domain(tmp_path / "chat.jsonl", GgufTokenizer(llama, base_gguf), 32, 4)
+
+
 def test_sums_are_those_of_torch(measured, stats):
     assert np.array_equal(measured.experts["count"], stats.experts["count"])
     for name, want in stats.experts.items():
