@@ -57,8 +57,8 @@ def compress(
 
     MODEL is a checkpoint directory, or a GGUF, which is then not converted.
     """
-    from .pipeline import Job
     from .pipeline import compress as run
+    from .prepare import Job
 
     terminal = make_terminal(as_json, quiet)
     recipe = make_recipe(options, target)

@@ -93,8 +93,8 @@ def sweep(
     says where pruning beats it.
     """
     from . import runtime
-    from .pipeline import Job
     from .plot import save as save_plot
+    from .prepare import Job
     from .sweep import Grid, parse_groups, parse_targets, run
     from .variants import parse_variant
 

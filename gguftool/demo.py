@@ -7,10 +7,12 @@ from types import ModuleType
 
 from . import builtin
 from .gguf_file import Progress
-from .pipeline import Built, Job, Say, Workspace, build, judge, prepare, quantize_base
+from .pipeline import Built, build, judge, quantize_base
+from .prepare import Job, prepare
 from .recipe import Recipe
 from .report import Report
 from .runtime import Runtime
+from .workspace import Say, Workspace
 
 RATIOS = (0.25, 0.4, 0.5)
 METHODS = ("frequency", "man", "msan", "reap", "gated-sum", "dern", "tenp", "global", "random")

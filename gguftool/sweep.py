@@ -31,12 +31,14 @@ from .evaluate import Comparison, compare_many, pool
 from .gguf_file import GgufFile
 from .gguf_model import is_gguf
 from .inventory import model_facts
-from .pipeline import Job, Prepared, Say, Workspace, build, prepare, quantize_base
+from .pipeline import build, quantize_base
 from .planner import fingerprint, make_plan
+from .prepare import Job, Prepared, prepare
 from .recipe import Recipe
 from .stats import CalibrationStats
 from .sweep_report import CONTROL, PRUNED, UNPRUNED, Name, SweepReport, SweepRow
 from .variants import Variant
+from .workspace import Say, Workspace
 
 BATCH = 8
 ROW_FORMAT, ROW_VERSION = "gguftool.sweep-row", 1

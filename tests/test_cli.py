@@ -11,7 +11,7 @@ import pytest
 from gguftool import builtin
 from gguftool.errors import GgufToolError
 from gguftool.gguf_file import GgufFile
-from gguftool.pipeline import Workspace
+from gguftool.workspace import Workspace
 
 
 def gguftool(*arguments, code=0):

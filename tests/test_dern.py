@@ -20,11 +20,13 @@ from gguftool.gguf_file import GgufFile
 from gguftool.inspection import check, inspect
 from gguftool.inventory import model_facts
 from gguftool.methods import method
-from gguftool.pipeline import Job, Prepared, Workspace, build
+from gguftool.pipeline import build
 from gguftool.plan import LayerPlan, PrunePlan, keep_all
 from gguftool.planner import make_plan
+from gguftool.prepare import Job, Prepared
 from gguftool.recipe import Recipe
 from gguftool.surgery import mask_model
+from gguftool.workspace import Workspace
 from gguftool.writer import prune
 from models import tiny_checkpoint, tiny_model
 from synthetic import make_stats

@@ -30,8 +30,9 @@ from gguftool.gguf_refit import refit_gguf
 from gguftool.gguf_tokenizer import GgufTokenizer
 from gguftool.llama_observer import LlamaRun
 from gguftool.perplexity import open_session
-from gguftool.pipeline import Job, compress
+from gguftool.pipeline import compress
 from gguftool.planner import make_plan
+from gguftool.prepare import Job
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
 from gguftool.recipe import Recipe
 from gguftool.refit import refit

@@ -62,6 +62,8 @@ ROWS = [
     ({"report", "terminal"}, {"rich"}),
     ({"runtime_report", "sweep_report", "stats_report"}, {"rich"}),
     ({"plot"}, {"matplotlib"}),
+    ({"workspace"}, set()),
+    ({"prepare"}, {"numpy"}),
     ({"pipeline"}, {"numpy"}),
     ({"demo", "sweep"}, set()),
     ({"cli_options"}, {"click"}),

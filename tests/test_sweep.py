@@ -15,12 +15,13 @@ from click.testing import CliRunner
 from gguftool import plot, sweep
 from gguftool.cli import cli
 from gguftool.errors import GgufToolError
-from gguftool.pipeline import Job, Workspace, prepare
+from gguftool.prepare import Job, prepare
 from gguftool.stats import CalibrationStats
 from gguftool.sweep import Grid, parse_groups, parse_targets
 from gguftool.sweep_report import CONTROL, PRUNED, UNPRUNED, Name, Score, SweepReport, SweepRow
 from gguftool.tradeoff import Point, Verdict, at_each_size, curve, front, interpolate, judge, winning_sizes
 from gguftool.variants import Variant, parse_variant
+from gguftool.workspace import Workspace
 from models import sample_text, tiny_checkpoint
 
 # --- what is asked for ---------------------------------------------------------------------------------------------

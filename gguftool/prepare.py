@@ -1,0 +1,198 @@
+"""The dear part that `compress`, `demo` and `sweep` share: a model, its base GGUF, its stats.
+
+A GGUF in place of the checkpoint is its own base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import encoding
+from .calibrate import calibrate
+from .checkpoint import Checkpoint, open_checkpoint
+from .convert import convert
+from .corpus import Tokenizer, load_domain, load_domains
+from .errors import GgufToolError
+from .forward import Windows
+from .gguf_calibrate import OBS_BYTES, calibrate_gguf
+from .gguf_calibrate import obs_bytes as gguf_obs_bytes
+from .gguf_file import Progress
+from .gguf_model import GgufModel, is_gguf, open_gguf
+from .gguf_tokenizer import GgufTokenizer
+from .inventory import model_facts
+from .loader import usable_device
+from .memory import parse_bytes, parse_dtype, plan_memory
+from .methods import method
+from .planner import make_plan
+from .recipe import Recipe
+from .runtime import Runtime
+from .sources import Source
+from .stats import CalibrationStats, Domain
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `compress` and `demo` share: a model, its texts, a place to work.
+
+    Attributes:
+        calibration, evaluation: texts; the name of an evaluation text is its file's stem.
+        windows: at most so many windows of a calibration text, times its weight; None takes all.
+        eval_windows: the same of an evaluation text.
+        seed: above 0, draw the windows of a calibration text instead of taking the first ones.
+        dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them; of a GGUF
+            only `memory`, which its second moments may take.
+    """
+
+    model: Path
+    calibration: Sequence[Source | Path]
+    evaluation: Sequence[Path]
+    runtime: Runtime
+    llama: ModuleType
+    progress: Progress
+    n_ctx: int = 512
+    windows: int | None = None
+    eval_windows: int | None = None
+    pre_tokenizer: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+    dtype: str = "auto"
+    memory: str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that calibration and refit may take."""
+        return None if self.memory is None else parse_bytes(self.memory)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The dear part: the model, its GGUF, its stats, and the windows they were taken on."""
+
+    model: Checkpoint | GgufModel
+    base: Path
+    stats: CalibrationStats
+    domains: Sequence[tuple[Domain, Windows]]
+
+    @property
+    def encoding(self) -> str:
+        """That of the base, as file names have it."""
+        return self.model.encoding if isinstance(self.model, GgufModel) else _base_encoding(self.stats)
+
+    def has_encoding(self, target: str) -> bool:
+        """Whether the base is quantized to `target` already, so that what is cut from it is so too."""
+        return isinstance(self.model, GgufModel) and self.model.encoding == encoding.parse_target(target).name
+
+    def again(self, target: str) -> tuple[str, ...]:
+        """A note where `target` quantizes what was quantized before."""
+        if not isinstance(self.model, GgufModel) or not self.model.is_quantized or self.has_encoding(target):
+            return ()
+        return (
+            f"{target} was made from {self.encoding}, so its weights were quantized twice; from the unquantized model the "
+            "same size is nearer to the original",
+        )
+
+
+def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
+    """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
+    if is_gguf(job.model):
+        return _prepare_gguf(job, work, recipes)
+    checkpoint = open_checkpoint(job.model)
+    tokenizer = checkpoint.tokenizer()
+    domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
+    _check_evaluation(job, tokenizer)
+    usable_device(job.device, solves=any(method(recipe.method).refitted for recipe in recipes))
+    count = sum(len(tokens) for _, tokens in domains)
+    how = plan_memory(
+        checkpoint, count, job.n_ctx, parse_dtype(job.dtype), job.limit, n_domains=len(domains), device=job.device
+    )
+    if job.limit is not None:
+        work.say(str(how))
+    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
+    for recipe in recipes:
+        make_plan(blank, recipe)
+    inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
+    base = work.step(
+        "base.gguf",
+        inputs | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
+        lambda path: convert(
+            checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
+        ),
+    )
+
+    def measure(path: Path) -> None:
+        scratch = work.folder / "calibrate.work"
+        calibrate(checkpoint, domains, scratch, device=job.device, how=how, progress=job.progress, out=path)
+
+    path = work.step(_stats_name(job), inputs | _texts_key(job, domains) | {"dtype": str(how.dtype)}, measure)
+    stats = CalibrationStats.load(path)
+    return Prepared(checkpoint, base, stats, domains)
+
+
+def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
+    """The same from a GGUF, which is its own base."""
+    if job.device != "cpu":
+        raise GgufToolError(f"--device {job.device}: a GGUF is calibrated by llama.cpp on the CPU; leave it out")
+    model, tokenizer = open_gguf(job.model), GgufTokenizer(job.llama, job.model)
+    for recipe in recipes:
+        if recipe.method == "dern":
+            raise GgufToolError(f"dern needs the checkpoint, and {job.model} is a GGUF; take another method")
+    domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
+    _check_evaluation(job, tokenizer)
+    blank = CalibrationStats.blank(model.facts(), len(domains), obs=gguf_obs_bytes(model) <= OBS_BYTES)
+    for recipe in recipes:
+        make_plan(blank, recipe)
+    key = {"model": model.fingerprint, "runtime": job.runtime.path.name}
+
+    def measure(path: Path) -> None:
+        scratch = work.folder / "calibrate.work"
+        calibrate_gguf(
+            model, domains, scratch, llama=job.llama, memory=job.limit, progress=job.progress, out=path
+        )  # fmt: skip
+
+    path = work.step(_stats_name(job), key | _texts_key(job, domains), measure)
+    stats = CalibrationStats.load(path)
+    work.state["base.gguf"] = model.fingerprint
+    return Prepared(replace(model, norm_topk=stats.model.norm_topk), job.model, stats, domains)
+
+
+def _stats_name(job: Job) -> str:
+    return f"stats{f'-seed{job.seed}' if job.seed else ''}.safetensors"
+
+
+def _texts_key(job: Job, domains: Sequence[tuple[Domain, Windows]]) -> dict[str, Any]:
+    windows = [hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest() for _, tokens in domains]
+    return {"texts": [domain.as_dict() for domain, _ in domains], "windows": windows, "n_ctx": job.n_ctx}
+
+
+def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
+    stems = [path.stem for path in job.evaluation]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise GgufToolError(f"two evaluation texts are called {twice[0]!r}; the report needs different names")
+    if job.n_ctx < 4 or (job.eval_windows is not None and job.eval_windows < 1):
+        raise GgufToolError(
+            f"--ctx {job.n_ctx}, --eval-windows {job.eval_windows}: at least 4 and 1 are needed to score"
+        )
+    for path in job.evaluation:
+        load_domain(path, tokenizer, job.n_ctx, 1)
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    """sha256 over everything small beside the weights: tokenizer, vocabulary, generation config."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.stat().st_size < 1 << 27:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _base_encoding(stats: CalibrationStats) -> str:
+    kinds = [spec.type for spec in stats.model.tensors if len(spec.ne) > 1]
+    return max(set(kinds), key=kinds.count)
