@@ -40,6 +40,7 @@ class Report:
         rows: the pruned or quantized models.
         protocol: how it was measured, in words.
         notes: what a reader must know.
+        failures: what cannot be right; the run is not done.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Report:
     rows: Sequence[Row]
     protocol: str
     notes: Sequence[str] = field(default_factory=tuple)
+    failures: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json and --json."""
@@ -61,6 +63,7 @@ class Report:
             ],
             "protocol": self.protocol,
             "notes": list(self.notes),
+            "failures": list(self.failures),
         }
 
     def save(self, folder: Path) -> None:
@@ -110,7 +113,8 @@ class Report:
         head, rows = self._cells(short=False)
         lines = [f"# {self.model}: what it cost", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         lines += [f"| {' | '.join(cells)} |" for cells in rows]
-        lines += ["", self.protocol, "", *(f"- {note}" for note in self.notes)]
+        wrong = [f"**Not done, this cannot be right:** {failure}" for failure in self.failures]
+        lines += ["", *wrong, self.protocol, "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 

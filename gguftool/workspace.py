@@ -18,16 +18,23 @@ from .durable import flush, settle
 from .errors import GgufToolError
 
 Say = Callable[[str], None]
+# What happens, with facts: "step" (name, state: making, made or there), "measured" (text, rows).
+Watch = Callable[[str, Mapping[str, Any]], None]
 BEING_MADE = "being made"
 
 
 @dataclass
 class Workspace:
-    """An output folder that remembers what each of its files was made from (`state.json`)."""
+    """An output folder that remembers what each of its files was made from (`state.json`).
+
+    `used` are the names of the steps so far, `watch` is told of each.
+    """
 
     folder: Path
     say: Say
     state: dict[str, str] = field(default_factory=dict)
+    watch: Watch = lambda _what, _facts: None
+    used: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +50,11 @@ class Workspace:
         Raises GgufToolError for a file of that name which this folder's runs did not make.
         """
         path = self.folder / name
+        self.used.append(name)
         key = hashlib.sha256(json.dumps({"gguftool": __version__, **inputs}, sort_keys=True).encode()).hexdigest()
         if path.exists() and self.state.get(name) == key:
             self.say(f"{name}: already there")
+            self.watch("step", {"name": name, "state": "there"})
             return path
         if path.exists() and name not in self.state:
             raise GgufToolError(f"{path} exists and was not made by this command; choose another folder or move it")
@@ -54,9 +63,11 @@ class Workspace:
         # A run that is killed in between must leave no file under another run's key.
         self._remember(name, BEING_MADE)
         path.unlink(missing_ok=True)
+        self.watch("step", {"name": name, "state": "making"})
         make(path)
         flush(path)
         self._remember(name, key)
+        self.watch("step", {"name": name, "state": "made"})
         return path
 
     def _remember(self, name: str, key: str) -> None:
