@@ -15,6 +15,7 @@ from . import (
     cli_bench,
     cli_calibrate,
     cli_compress,
+    cli_doctor,
     cli_gguf,
     cli_plan,
     cli_recipes,
@@ -25,6 +26,7 @@ from . import (
     cli_sweep,
     cli_validate,
 )
+from .cli_examples import add_examples
 from .errors import GgufToolError
 from .processes import process_count, process_rank
 
@@ -89,5 +91,7 @@ for _command in (
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,
     cli_sensitivity.sensitivity, cli_sweep.sweep,
     cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench,
+    cli_doctor.doctor, cli_doctor.completion,
 ):  # fmt: skip
     cli.add_command(_command)
+add_examples(cli)

@@ -77,8 +77,8 @@ def compress(
 
     recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
-    with terminal.progress() as progress:
-        report = carry_out(recipe, out, Ears(progress, terminal.say))
+    with terminal.live(f"{recipe.model} -> {out}", recipe.quant) as (progress, watch):
+        report = carry_out(recipe, out, Ears(progress, terminal.say, watch))
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")

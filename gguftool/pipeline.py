@@ -249,9 +249,11 @@ def assess(job: Job, made: Produced) -> Report:
     A report with failures is one of a run that is not done.
     """
     models = [made.built, *made.rivals]
+    job.watch("stage", {"name": "measure"})
     report = judge(job, made.source.base, models, made.source.stats.model.name, made.notes)
     expected = [Expected(model.label, None) for model in models]
     texts = {text: [row.texts[text] for row in report.rows] for text in report.base}
+    job.watch("stage", {"name": "check"})
     faults = list(failures(texts, expected, made.source.stats.model.n_vocab))
     faults += [*far_from_plan(job, made), *backends_apart(job, made)]
     Verified(hashes(made.work.folder, made.files, job.progress), faults).save(made.work.folder)

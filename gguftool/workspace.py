@@ -18,7 +18,8 @@ from .durable import flush, settle
 from .errors import GgufToolError
 
 Say = Callable[[str], None]
-# What happens, with facts: "step" (name, state: making, made or there), "measured" (text, rows).
+# What happens, with facts: "step" (name, path, state: making, made or there), "stage" (name: measure or
+# check), "measured" (text, models: pairs of a label and `Comparison.as_dict()`).
 Watch = Callable[[str, Mapping[str, Any]], None]
 BEING_MADE = "being made"
 
@@ -54,7 +55,7 @@ class Workspace:
         key = hashlib.sha256(json.dumps({"gguftool": __version__, **inputs}, sort_keys=True).encode()).hexdigest()
         if path.exists() and self.state.get(name) == key:
             self.say(f"{name}: already there")
-            self.watch("step", {"name": name, "state": "there"})
+            self.watch("step", {"name": name, "state": "there", "path": path})
             return path
         if path.exists() and name not in self.state:
             raise GgufToolError(f"{path} exists and was not made by this command; choose another folder or move it")
@@ -63,11 +64,11 @@ class Workspace:
         # A run that is killed in between must leave no file under another run's key.
         self._remember(name, BEING_MADE)
         path.unlink(missing_ok=True)
-        self.watch("step", {"name": name, "state": "making"})
+        self.watch("step", {"name": name, "state": "making", "path": path})
         make(path)
         flush(path)
         self._remember(name, key)
-        self.watch("step", {"name": name, "state": "made"})
+        self.watch("step", {"name": name, "state": "made", "path": path})
         return path
 
     def _remember(self, name: str, key: str) -> None:
