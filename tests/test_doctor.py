@@ -6,14 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-from gguftool import doctor
 from gguftool.runtime_base import Runtime, read_base
 from test_cli import gguftool
+
+# The package itself has the command of that name.
+doctor = import_module("gguftool.doctor")
 
 GONE = {"c++", "g++", "clang++", "cl", "cc", "cmake", "ninja", "git", "patch", "nvcc", "nvidia-smi", "glslc"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -31,7 +32,7 @@ def test_a_files_stage(name, stage):
 
 
 def drawn(view):
-    console = Console(width=110, record=True, file=open(os.devnull, "w"))
+    console = Console(width=110, record=True, file=io.StringIO())
     console.print(view)
     return console.export_text()
 
