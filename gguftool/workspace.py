@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import __version__
 from .durable import flush, settle
@@ -22,13 +22,15 @@ Say = Callable[[str], None]
 # check), "measured" (text, models: pairs of a label and `Comparison.as_dict()`).
 Watch = Callable[[str, Mapping[str, Any]], None]
 BEING_MADE = "being made"
+T = TypeVar("T")
 
 
 @dataclass
 class Workspace:
     """An output folder that remembers what each of its files was made from (`state.json`).
 
-    `used` are the names of the steps so far, `watch` is told of each.
+    `used` are the names of the steps so far, `watch` is told of each. A `dry` one writes nothing: its steps only tell what is
+    there already (`missing` is what is not), and give paths at which there may be nothing.
     """
 
     folder: Path
@@ -36,9 +38,12 @@ class Workspace:
     state: dict[str, str] = field(default_factory=dict)
     watch: Watch = lambda _what, _facts: None
     used: list[str] = field(default_factory=list)
+    dry: bool = False
+    missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.dry:
+            self.folder.mkdir(parents=True, exist_ok=True)
         try:
             found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -59,6 +64,9 @@ class Workspace:
             return path
         if path.exists() and name not in self.state:
             raise GgufToolError(f"{path} exists and was not made by this command; choose another folder or move it")
+        if self.dry:
+            self.missing.append(name)
+            return path
         if path.exists() and self.state[name] != BEING_MADE:
             self.say(f"{name}: was made from other inputs or by another recipe; replacing it")
         # A run that is killed in between must leave no file under another run's key.
@@ -70,6 +78,12 @@ class Workspace:
         self._remember(name, key)
         self.watch("step", {"name": name, "state": "made", "path": path})
         return path
+
+    def read(self, path: Path, load: Callable[[Path], T]) -> T | None:
+        """What a step made; None where a dry one did not make it."""
+        if self.dry and path.name in self.missing:
+            return None
+        return load(path)
 
     def _remember(self, name: str, key: str) -> None:
         self.state[name] = key

@@ -51,6 +51,7 @@ def test_functions_are_named_as_commands_and_their_options_as_options():
 def test_a_module_of_the_same_name_does_not_take_the_functions_place():
     import gguftool.calibrate
     import gguftool.plan
+    import gguftool.tiers
     from gguftool.plan import PrunePlan
 
     assert python_inspect.isfunction(gguftool.plan) and python_inspect.isfunction(gguftool.calibrate)
