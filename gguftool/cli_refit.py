@@ -91,7 +91,7 @@ def refit(
     domains = load_domains(data, tokenizer, n_ctx, windows)
     needs = refit_memory(checkpoint, plan, domains, kind, limit, device=device, sequential=run is refit_sequentially)
     if dry_run:
-        _show_dry(terminal, out, plan, checkpoint.n_embd, f"{kind_of_refit}: {needs}")
+        _show_dry(terminal, out, plan, checkpoint.n_embd, f"{kind_of_refit or 'plain'}: {needs}")
         return
     if memory is not None:
         terminal.say(str(needs))

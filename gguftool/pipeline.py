@@ -273,7 +273,9 @@ def far_from_plan(job: Job, made: Produced) -> list[str]:
     plan, stats, base = made.built.plan, made.source.stats, made.source.base
     assert plan is not None
     models, texts = [made.built, *made.rivals], {}
-    for source in map(as_source, job.calibration):
+    for source, (_, windows) in zip(map(as_source, job.calibration), made.source.domains, strict=True):
+        if len(windows) < 2:
+            continue  # read as one text, and not document by document, a single window may come out too short
         text, special = read_scored(source, lambda: template_of_gguf(base))
         texts[f"{source.name} (calibration)"] = [
             one.as_dict() for one in _compared(job, base, models, text, special, CHECKED_WINDOWS)

@@ -47,7 +47,8 @@ def test_quantize(ask, files, tmp_path, runtime):
     said = ask(*arguments, tmp_path / "q.gguf")
     assert not list(tmp_path.iterdir()) and said["written"] is False
     quantize(files / "pruned.gguf", "Q4_K_M", tmp_path / "q.gguf", tools=QuantizeTool(runtime.tool("llama-quantize")))
-    assert [(one["name"], one["type"]) for one in said["tensors"]] == tensors(tmp_path / "q.gguf")
+    # llama-quantize writes the tensors in an order of its own.
+    assert sorted((one["name"], one["type"]) for one in said["tensors"]) == sorted(tensors(tmp_path / "q.gguf"))
     assert said["tensor_bytes"] == sum(spec.padded_bytes for spec in GgufFile(tmp_path / "q.gguf").tensors)
     with pytest.raises(GgufToolError, match="known are"):
         ask("quantize", files / "pruned.gguf", "Q9_X", "-o", tmp_path / "x.gguf")
