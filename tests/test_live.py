@@ -92,7 +92,11 @@ class Screen:
     """`gguftool` in a pseudo-terminal; pty.spawn hands over what is typed and what is shown."""
 
     def __init__(self, *arguments):
-        code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        # A shell's background job has Ctrl-C ignored, and so would what it starts.
+        code = (
+            "import os, pty, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+            "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        )
         command = [sys.executable, "-c", code, sys.executable, "-m", "gguftool", *map(str, arguments)]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "50"}
         self.process = subprocess.Popen(
