@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cut
+from .durable import held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
-from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, replacing, write_gguf
+from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
 from .plan import LayerPlan, keep_all
+from .processes import ending
 from .stats import Array, CalibrationStats
 from .tensors import TensorSpec
 
@@ -84,8 +85,7 @@ def quantize(
     header = source.stat().st_size - sum(spec.padded_bytes for spec in file.tensors)
     check_space(out, sum(spec.padded_bytes for spec in specs) + max(header, 0) + _ADDED_KVS)
     entries = _entries_for(file, target, specs, imatrix)
-    with replacing(out) as partial, tempfile.TemporaryDirectory(dir=out.parent, prefix=".quantize-") as folder:
-        work = Path(folder)
+    with replacing(out) as partial, scratch(out.with_name(f".{out.name}.quantize")) as work:
         (work / "types.txt").write_text(_type_lines(specs), encoding="utf-8")
         options = ["--tensor-type-file", "types.txt"]
         if entries and imatrix:
@@ -98,6 +98,7 @@ def quantize(
         threads = [str(tools.threads)] if tools.threads else []
         _run([str(tools.binary.resolve()), *options, *paths, parse_target(target).name, *threads], work, tools.progress)
         _verify(file, GgufFile(partial), specs, target)
+        file.check_unchanged()
     return Quantized(out, out.stat().st_size, specs)
 
 
@@ -294,7 +295,7 @@ def _run(command: list[str], folder: Path, progress: Progress | None) -> None:
     try:
         process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            encoding="utf-8", errors="replace",
+            encoding="utf-8", errors="replace", pass_fds=held_handles(),
         )  # fmt: skip
     except OSError as error:
         raise GgufToolError(f"{command[0]}: cannot be run ({error})") from error
@@ -309,7 +310,7 @@ def _run(command: list[str], folder: Path, progress: Progress | None) -> None:
             process.terminate()
             raise
     if process.returncode:
-        raise GgufToolError(f"llama-quantize failed (exit {process.returncode}): {' | '.join(last)}")
+        raise GgufToolError(f"llama-quantize failed ({ending(process.returncode)}): {' | '.join(last)}")
 
 
 def _without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:

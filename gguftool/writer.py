@@ -83,7 +83,7 @@ def prune(
     report = PruneReport(kind, specs, size, requantized, notes)
     if not dry_run:
         produce = _producer(file, {piece.spec.name: piece for piece in pieces}, source)
-        write_gguf(out, file.arch, entries, specs, produce, progress)
+        write_gguf(out, file.arch, entries, specs, produce, progress, file)
     return report
 
 
