@@ -219,7 +219,7 @@ class Checkpoint:
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer. Raises GgufToolError where it has none that can be loaded."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
             # Without its files transformers makes an empty one of the architecture's class.
             works = bool(tokenizer.encode("word", add_special_tokens=False))
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -289,7 +289,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     architecture = for_model_type(str(fields.get("model_type")))
     _check_variant(directory, architecture, fields)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GgufToolError(f"{directory}: config.json is refused by transformers ({first_line(error)})") from error
     tensors = stored_tensors(directory)
@@ -300,12 +300,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def lacks_predictors(directory: Path) -> bool:
+def lacks_predictors(checkpoint: Checkpoint) -> bool:
     """Whether the family's converter asks for layers of multi-token prediction that this checkpoint was stripped of."""
-    try:
-        checkpoint = open_checkpoint(directory)
-    except GgufToolError:
-        return False  # the converter knows more families, and says what is wrong itself
     return checkpoint.architecture.predictors == "kept" and not checkpoint.n_predict
 
 

@@ -9,11 +9,11 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from .checkpoint import lacks_predictors
+from .checkpoint import Checkpoint, lacks_predictors, open_checkpoint
 from .durable import check_unchanged, held_handles, identity, replacing
 from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress, check_output, check_space
-from .hf_to_gguf import PRE_TOKENIZER
+from .hf_to_gguf import FINGERPRINT, PRE_TOKENIZER
 from .processes import ending
 from .runtime import Runtime, last_line
 from .stored import PICKLED
@@ -53,7 +53,11 @@ def convert(
     inputs = _inputs(model)
     check_space(out, sum(path.stat().st_size for path in inputs if path.suffix == ".safetensors"))
     path = [str(runtime.convert_dir), str(runtime.convert_dir / "gguf-py"), str(Path(__file__).parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), PRE_TOKENIZER: pre_tokenizer or ""}
+    opened = _opened(model)
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(path), PRE_TOKENIZER: pre_tokenizer or "",
+        FINGERPRINT: opened.fingerprint if opened is not None else "",
+    }  # fmt: skip
     with replacing(out) as partial:
         command = [
             sys.executable,
@@ -65,13 +69,21 @@ def convert(
             "--outtype",
             outtype,
         ]
-        if lacks_predictors(model):
+        if opened is not None and lacks_predictors(opened):
             command.append("--no-nextn")
         code, log = _run(command, environment, progress)
         if code:
             raise GgufToolError(_reason(model, code, log))
         GgufFile(partial)
         check_unchanged(inputs)
+
+
+def _opened(model: Path) -> Checkpoint | None:
+    """The opened checkpoint; the converter knows more families than gguftool does, and says what is wrong itself."""
+    try:
+        return open_checkpoint(model)
+    except GgufToolError:
+        return None
 
 
 def _inputs(model: Path) -> dict[Path, list[int]]:

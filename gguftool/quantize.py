@@ -23,6 +23,8 @@ from .durable import held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
+from .gguf_model import OWN
+from .hf_to_gguf import FINGERPRINT_KEY
 from .plan import LayerPlan, keep_all
 from .processes import ending
 from .stats import Array, CalibrationStats
@@ -215,9 +217,13 @@ def _entries_for(file: GgufFile, target: str, specs: Sequence[TensorSpec], stats
 def _check_stats(file: GgufFile, pruned: cut.Cut | None, stats: CalibrationStats) -> None:
     """Raises GgufToolError for stats of another model than the one that the file was cut from."""
     model = stats.model
-    if pruned and (fingerprint := file.value(f"{cut.KEY}base.fingerprint", "")) and fingerprint != model.fingerprint:
+    # A file that says from which checkpoint it was made is quantized with that one's stats; those of a GGUF are of a file.
+    key = f"{cut.KEY}base.fingerprint" if pruned else FINGERPRINT_KEY
+    checked = pruned or not model.fingerprint.startswith(OWN)
+    if checked and (fingerprint := file.value(key, "")) and fingerprint != model.fingerprint:
+        made, name = ("cut", file.value(f"{cut.KEY}base.name", "a model")) if pruned else ("made", "a checkpoint")
         raise GgufToolError(
-            f"{file.path} was cut from {file.value(f'{cut.KEY}base.name', 'a model')} ({str(fingerprint)[:12]}), the "
+            f"{file.path} was {made} from {name} ({str(fingerprint)[:12]}), the "
             f"stats are of {model.name} ({model.fingerprint[:12]}): they are of another model, or of another version"
         )
     if pruned and (pruned.n_expert, pruned.n_ff_exp) != (model.n_expert, model.n_ff_exp):

