@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from .checkpoint import Checkpoint, lacks_predictors, open_checkpoint
-from .durable import check_unchanged, held_handles, identity, replacing
+from .durable import check_unchanged, full, held_handles, identity, replacing
 from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress, check_output, check_space
 from .hf_to_gguf import FINGERPRINT, PRE_TOKENIZER
@@ -73,7 +73,7 @@ def convert(
             command.append("--no-nextn")
         code, log = _run(command, environment, progress)
         if code:
-            raise GgufToolError(_reason(model, code, log))
+            raise GgufToolError(_reason(model, code, log) + full(out))
         GgufFile(partial)
         check_unchanged(inputs)
 

@@ -112,6 +112,15 @@ def stated(path: Path) -> Iterator[None]:
         raise GgufToolError(f"{path}: cannot be written ({error.strerror}); {advice}") from error
 
 
+def full(path: Path) -> str:
+    """What to add to the last words of a program that failed to write `path`, where its disk has no room left."""
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:
+        return ""
+    return f"; the disk of {path} has only {free} bytes free: make room and run it again" if free < 1 << 20 else ""
+
+
 def _is_about(error: OSError, path: Path) -> bool:
     """Whether it is `path`, its folder or what is written beside it that cannot be had, and not an input."""
     if not isinstance(error.filename, str | bytes | os.PathLike):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cut
-from .durable import held_handles, replacing, scratch
+from .durable import full, held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
@@ -98,7 +98,8 @@ def quantize(
         # Absolute paths: llama-quantize takes an output whose name begins with a number for a file type.
         paths = [str(source.resolve()), str(partial.resolve())]
         threads = [str(tools.threads)] if tools.threads else []
-        _run([str(tools.binary.resolve()), *options, *paths, parse_target(target).name, *threads], work, tools.progress)
+        command = [str(tools.binary.resolve()), *options, *paths, parse_target(target).name, *threads]
+        _run(command, work, tools.progress, out)
         _verify(file, GgufFile(partial), specs, target)
         file.check_unchanged()
     return Quantized(out, out.stat().st_size, specs)
@@ -295,7 +296,7 @@ def _type_lines(specs: Iterable[TensorSpec]) -> str:
     )
 
 
-def _run(command: list[str], folder: Path, progress: Progress | None) -> None:
+def _run(command: list[str], folder: Path, progress: Progress | None, out: Path) -> None:
     """Runs llama-quantize; raises GgufToolError with its last lines where it fails. Stops it when we are stopped."""
     last: deque[str] = deque(maxlen=6)
     try:
@@ -316,7 +317,7 @@ def _run(command: list[str], folder: Path, progress: Progress | None) -> None:
             process.terminate()
             raise
     if process.returncode:
-        raise GgufToolError(f"llama-quantize failed ({ending(process.returncode)}): {' | '.join(last)}")
+        raise GgufToolError(f"llama-quantize failed ({ending(process.returncode)}): {' | '.join(last)}{full(out)}")
 
 
 def _without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,12 +20,13 @@ from gguftool.overrides import Origin, writing
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
 from gguftool.report import Report
-from gguftool.sensitivity import LayerCost, Sensitivity
-from gguftool.stats import CalibrationStats
+from gguftool.sensitivity import LayerCost, Sensitivity, conditions
 from gguftool.sweep import Store
 from gguftool.tensors import TensorSpec
 from gguftool.workdir import WorkDir
 from gguftool.workspace import Workspace
+from synthetic import make_stats
+from test_sensitivity import MEASURED_ON
 
 PACKAGE = Path(__file__).parent.parent / "gguftool"
 
@@ -58,22 +59,16 @@ def order(monkeypatch):
     return found
 
 
-def stats() -> CalibrationStats:
-    from test_plan import by_hand  # the hand-worked model of the planner's tests
-
-    return by_hand()
-
-
 def report() -> Report:
     return Report("m", 10, {}, [], "p")
 
 
 def write_stats(folder: Path) -> None:
-    stats().save(folder / "stats.safetensors")
+    make_stats().save(folder / "stats.safetensors")
 
 
 def write_plan(folder: Path) -> None:
-    make_plan(stats(), Recipe("global", 0.5, align=1)).save(folder / "plan.json")
+    make_plan(make_stats(), Recipe("global", 0.5)).save(folder / "plan.json")
 
 
 def write_weights(folder: Path) -> None:
@@ -99,9 +94,7 @@ def write_row(folder: Path) -> None:
 
 
 def write_layers(folder: Path) -> None:
-    from test_sensitivity import MEASURED_ON, conditions
-
-    where = conditions(stats(), Recipe("global", 0.3, align=1), **MEASURED_ON)
+    where = conditions(make_stats(), Recipe("global", 0.3), **MEASURED_ON)
     Sensitivity(where, (LayerCost(0, 1.0, 1.0, 1.0),)).save(folder / "layers.json")
 
 
@@ -226,9 +219,14 @@ def writes(tree: ast.AST) -> set[tuple[str, str]]:
                 found.add((function.name, attribute or name))
             elif attribute == "savez" or (owner == "np" and attribute in ("save", "savez", "savetxt")):
                 found.add((function.name, attribute))
-            elif attribute == "replace" and (owner == "os" or (len(node.args) == 1 and not node.keywords)):
+            elif attribute == "replace" and (owner == "os" or _is_one_path(node)):
                 found.add((function.name, "replace"))
     return found
+
+
+def _is_one_path(node: ast.Call) -> bool:
+    """Path.replace takes one argument, that of texts two, that of dataclasses and arrays names."""
+    return len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred)
 
 
 def _is_ours(node: ast.Call, attribute: str, owner: str) -> bool:
@@ -313,14 +311,14 @@ def test_a_program_that_was_left_behind_keeps_the_lock(tmp_path):
     code = HOLDER.replace(
         'print("here", flush=True)',
         "import subprocess, os; from gguftool.durable import held_handles\n"
-        "    child = subprocess.Popen(['sleep', '60'], pass_fds=held_handles()); print(child.pid, flush=True)",
+        "    child = subprocess.Popen(['sleep', '60'], pass_fds=held_handles(), stdout=-3); print(child.pid, flush=True)",
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     child = int(parent.stdout.readline())
     parent.kill()
-    parent.communicate()
+    parent.wait()
     try:
         with pytest.raises(GgufToolError, match=f"process {parent.pid} was writing it and is gone, but a program"):
             durable.write_text(tmp_path / "out", "x")
