@@ -54,6 +54,7 @@ def refit(
     """
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
+    from .durable import held
     from .gguf_file import check_output
     from .gguf_model import is_gguf
     from .loader import usable_device
@@ -66,6 +67,7 @@ def refit(
     from .workdir import clear_leftovers
 
     scratch = out.with_name(out.name + ".work")
+    click.get_current_context().with_resource(held(scratch))
     clear_leftovers(scratch, out)
     check_output(out, force, plan_path, *files(data))
     terminal = make_terminal(as_json, quiet)

@@ -52,7 +52,7 @@ def expand(source: Path, out: Path, *, force: bool = False, progress: Progress |
         tiers = stacks.get(spec.name)
         return file.raw(spec) if tiers is None else _pad(file, spec, tiers, pruned.n_ff_exp)
 
-    write_gguf(out, file.arch, entries, specs, produce, progress)
+    write_gguf(out, file.arch, entries, specs, produce, progress, file)
     return [*notes, *left_out]
 
 

@@ -7,7 +7,6 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -18,6 +17,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import check_unchanged, identity, replacing
 from .errors import GgufToolError
 from .layout import full_shape
 from .tensors import BLOCKS, GGUF_ALIGNMENT, TensorSpec, row_bytes
@@ -50,6 +50,7 @@ class GgufFile:
         """Raises GgufToolError for a file that is missing, truncated, hostile or no GGUF."""
         self.path = path
         _check_header(path)
+        self._identity = identity(path)
         try:
             self._reader = gguf.GGUFReader(path)
             self._data = {tensor.name: tensor for tensor in self._reader.tensors}
@@ -82,6 +83,10 @@ class GgufFile:
         """Raises GgufToolError for a shard of a split model, which has some of the tensors only."""
         if self.integer("split.count", 0) > 1:
             raise GgufToolError(f"{self.path}: one shard of a split model; join it with llama-gguf-split --merge first")
+
+    def check_unchanged(self) -> None:
+        """Raises GgufToolError where the file was written to or replaced since it was opened: what was read may be of both."""
+        check_unchanged({self.path: self._identity})
 
     @property
     def arch(self) -> str:
@@ -168,10 +173,11 @@ def write_gguf(
     tensors: Iterable[TensorSpec],
     produce: Callable[[TensorSpec], Bytes],
     progress: Progress | None = None,
+    source: GgufFile | None = None,
 ) -> None:
     """Streams a GGUF: the header first, then every tensor as `produce` gives it (the shape that GgufFile.raw has).
 
-    The finished file is opened and checked before it takes its name.
+    The finished file is opened and checked before it takes its name; `source`, which it is made from, must be what it was.
 
     Raises GgufToolError where the disk is too small, the metadata cannot be written, or `produce` gives something else
     than was announced.
@@ -194,6 +200,8 @@ def write_gguf(
         finally:
             writer.close()
         GgufFile(partial)
+        if source is not None:
+            source.check_unchanged()
 
 
 def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[TensorSpec]) -> int:
@@ -229,18 +237,6 @@ def _announce(path: Path, arch: str, entries: Mapping[str, KeyValue], specs: lis
             raise
         raise GgufToolError(f"a GGUF header cannot be written: {error}") from error  # gguf-py raises what struct raises
     return writer
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """Gives `out`.partial to write to; it becomes `out` when all went well and is removed when not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .durable import note_saved, settle
+from .durable import note_saved, replacing
 from .errors import GgufToolError
 from .tensors import TensorSpec
 
@@ -206,14 +206,13 @@ class CalibrationStats:
             "n_ctx": self.n_ctx,
             "linear_tokens": self.linear_tokens,
         }
-        partial = path.with_name(path.name + ".partial")
         arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
         try:
-            save_file(arrays, partial, {"gguftool": json.dumps(header)})
-            partial.chmod(0o644)  # safetensors makes files that nobody else may read
-            if work_dir is not None:
-                note_saved(work_dir, partial)
-            settle(partial, path)
+            with replacing(path) as partial:
+                save_file(arrays, partial, {"gguftool": json.dumps(header)})
+                partial.chmod(0o644)  # safetensors makes files that nobody else may read
+                if work_dir is not None:
+                    note_saved(work_dir, partial)
         except (SafetensorError, OSError) as error:
             raise GgufToolError(f"{path}: cannot be written ({error})") from error
 

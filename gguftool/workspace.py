@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .durable import flush, settle
+from .durable import flush, hold, release, stated, write_text
 from .errors import GgufToolError
 
 Say = Callable[[str], None]
@@ -29,6 +30,7 @@ class Workspace:
     """An output folder that remembers what each of its files was made from (`state.json`).
 
     `used` are the names of the steps so far, `watch` is told of each.
+    While it lives no other process can open it: a second run says that this one is there.
     """
 
     folder: Path
@@ -38,7 +40,12 @@ class Workspace:
     used: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / ".lock"
+        with stated(lock):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            hold(lock, self.folder)
+        # Steps follow each other, and what they make is read between them: the folder is this run's until the run ends.
+        weakref.finalize(self, release, lock)
         try:
             found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -73,6 +80,4 @@ class Workspace:
 
     def _remember(self, name: str, key: str) -> None:
         self.state[name] = key
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
-        settle(partial, self.folder / "state.json")
+        write_text(self.folder / "state.json", json.dumps(self.state, indent=1) + "\n")

