@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -239,25 +240,25 @@ def _rounds(
 ) -> tuple[list[Times], dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:  # fmt: skip
     """Seconds of each kind in each round, the saliencies that they gave, and ours of all windows and of few."""
     for side, question, _ in kinds.values():  # the first time imports and finds its memory
-        workers[side].ask(question | {"n_windows": args.batch})
+        workers[side].ask(question | {"n_windows": 1})
     ours = {"few": saliency(checkpoint, windows[: args.few], options)[0]}
     rounds: list[Times] = []
     theirs: dict[str, NDArray[np.float64]] = {}
     names = [*kinds, OURS]
     order = np.random.default_rng(0)
     for number in range(args.rounds):
-        times: dict[str, dict[str, float]] = {}
+        times: dict[str, dict[str, Any]] = {}
         for place in order.permutation(len(names)):
             name = names[place]
-            terminal.say(f"round {number + 1} of {args.rounds}: {name}")
             if name == OURS:
                 ours["all"], times[name] = saliency(checkpoint, windows, options)
-                continue
-            side, question, _ = kinds[name]
-            answer = workers[side].ask(question | {"n_windows": _count(args, name)})
-            if "saliency" in answer:
-                theirs[name] = np.array(answer.pop("saliency"))
-            times[name] = answer
+            else:
+                side, question, _ = kinds[name]
+                times[name] = workers[side].ask(question | {"n_windows": _count(args, name)})
+                if "saliency" in times[name]:
+                    theirs[name] = np.array(times[name].pop("saliency"))
+            took = f"{times[name]['seconds']:.1f} s, {times[name]['cpu']:.1f} CPU s"
+            terminal.say(f"round {number + 1} of {args.rounds}: {name}: {took}")
         rounds.append({name: times[name] for name in names})
     return rounds, theirs, ours
 
@@ -267,8 +268,8 @@ def table(result: Mapping[str, Any]) -> Table:
     found = Table(
         title=f"{result['model']}: calibration and public REAP observers",
         title_justify="left",
-        caption="÷ plain, ÷ gguftool: time per token as a multiple of a plain pass and of gguftool calibrate, "
-        "± one standard error; CPU: the same of CPU seconds; apart: the largest relative difference of any expert's saliency from gguftool's",
+        caption="÷ plain, ÷ gguftool: time per token as a multiple of a plain pass and of gguftool calibrate, ± one "
+        "standard error; CPU: the same of CPU seconds; apart: the largest relative difference of any expert's saliency",
         caption_justify="left",
     )
     for name in ("", "tokens/s", "÷ plain", "÷ gguftool", "CPU ÷ plain", "CPU ÷ gguftool", "apart"):
@@ -319,6 +320,7 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
 def main() -> int:
     """Measures, prints, and says by its exit code whether saliencies agree."""
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes beside it end too
     terminal = make_terminal(args.as_json, args.quiet)
     try:
         result = measure(args, terminal)
