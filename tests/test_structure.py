@@ -28,6 +28,7 @@ ROWS = [
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner", "variants", "coverage", "routing"}, {"numpy"}),
     ({"sensitivity"}, {"numpy"}),
+    ({"gguf_header"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"chat"}, {"jinja2", "transformers"}),
     ({"documents"}, {"datasets"}),
