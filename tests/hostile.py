@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -90,3 +91,29 @@ def entry(name: str | bytes, ne: Sequence[int], kind: int = 0, offset: int = 0) 
 
 
 ARCH = kv("general.architecture", gguf.GGUFValueType.STRING.value, string("qwen3moe"))
+
+
+def safetensors(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    """A safetensors file with any header and any claim of its length."""
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return path
+
+
+def reheader(source: Path, out: Path, change: Callable[[dict], None], data: Callable[[bytes], bytes] = lambda d: d) -> Path:
+    """A safetensors file with its header changed, and its data."""
+    raw = source.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    return safetensors(out, json.dumps(header).encode(), data(raw[8 + size :]))
+
+
+def edited(source: Path, out: Path, change: Callable[[dict], None]) -> Path:
+    """A JSON file with its value changed."""
+    value = json.loads(source.read_text(encoding="utf-8"))
+    change(value)
+    out.write_text(json.dumps(value), encoding="utf-8")
+    return out
+
+
+DEEP = "[" * 100_000

