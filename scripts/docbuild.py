@@ -1,0 +1,93 @@
+"""Renews what pages take from the code and, where it is asked for, runs their commands. See scripts/docs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import docfacts
+from docpages import ROOT, Differs, Runner, blocks, make_clone, pages, starts_in
+
+
+class Folders:
+    """A folder for every page that is run; a page that goes on in another's folder gets a copy of it."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.done: dict[Path, Path] = {}
+
+    def runner(self, page: Path) -> Runner:
+        """The runner of a page, its folder as the page expects it; runs the page whose folder that is, if need be."""
+        folder = self.scratch / str(len(self.done)) / page.stem
+        before = starts_in(page)
+        if before == "a clone":
+            make_clone(folder)
+        elif before:
+            other = (page.parent / before).resolve()
+            if other not in self.done:
+                run(other, self, update=False)
+            # Links, as nothing here changes a file in place: what is written anew is renamed.
+            shutil.copytree(self.done[other], folder, symlinks=True, copy_function=os.link)
+        else:
+            folder.mkdir(parents=True)
+        self.done[page] = folder
+        return Runner(folder, self.scratch / f"tools-{len(self.done)}")
+
+
+def run(page: Path, folders: Folders, *, update: bool) -> list[str]:
+    """Runs a page's blocks. What differs, as text; with `update` the page is written anew instead."""
+    runner, differs = folders.runner(page), []
+    lines, shift = page.read_text(encoding="utf-8").splitlines(), 0
+    for block in blocks(page):
+        if "file" in block.says:
+            (runner.folder / block.says["file"]).write_text("\n".join(block.lines) + "\n", encoding="utf-8")
+        if block.language != "console" or "not run" in block.says:
+            continue
+        print(block.where, file=sys.stderr, flush=True)
+        try:
+            if update:
+                new = runner.renewed(block)
+                lines[block.start + shift : block.end + shift] = new
+                shift += len(new) - len(block.lines)
+            else:
+                runner.check(block)
+        except Differs as error:
+            differs.append(str(error))
+    if update:
+        page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return differs
+
+
+def main() -> int:
+    """1 where a command prints something else than its page says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="store_true", help="run every command of every page and say what differs")
+    parser.add_argument("--update", action="store_true", help="run them and write what they print into the pages")
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="only these")
+    args = parser.parse_args()
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := docfacts.renewed(text)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)}: renewed from the code", file=sys.stderr)
+    if not (args.run or args.update):
+        return 0
+    differs: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="gguftool-docs-") as scratch:
+        folders = Folders(Path(scratch))
+        for page in [page.resolve() for page in args.pages] or pages():
+            if page in folders.done:
+                continue
+            differs += run(page, folders, update=args.update)
+    print("\n\n".join(differs), file=sys.stderr)
+    return 1 if differs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
