@@ -14,6 +14,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import docfacts
 from docpages import ROOT, Differs, Runner, blocks, make_clone, pages, starts_in
 
+from gguftool import runtime_build
+
 
 class Folders:
     """A folder for every page that is run; a page that goes on in another's folder gets a copy of it."""
@@ -26,18 +28,27 @@ class Folders:
         """The runner of a page, its folder as the page expects it; runs the page whose folder that is, if need be."""
         folder = self.scratch / str(len(self.done)) / page.stem
         before = starts_in(page)
-        if before == "a clone":
+        place, _, more = before.partition(", with ")
+        if place == "a clone":
             make_clone(folder)
+            if more == "the source distribution":
+                sdist = runtime_build.fetch()
+                os.symlink(sdist, folder / sdist.name)
+            elif more:
+                other, _, name = more.partition(" in ")
+                self._left_by(page.parent / other, folder / name)
         elif before:
-            other = (page.parent / before).resolve()
-            if other not in self.done:
-                run(other, self, update=False)
-            # Links, as nothing here changes a file in place: what is written anew is renamed.
-            shutil.copytree(self.done[other], folder, symlinks=True, copy_function=os.link)
+            self._left_by(page.parent / before, folder)
         else:
             folder.mkdir(parents=True)
         self.done[page] = folder
         return Runner(folder, self.scratch / f"tools-{len(self.done)}")
+
+    def _left_by(self, other: Path, folder: Path) -> None:
+        """Makes `folder` a copy of what the page `other` left. Of links, as nothing here changes a file in place."""
+        if other.resolve() not in self.done:
+            run(other.resolve(), self, update=False)
+        shutil.copytree(self.done[other.resolve()], folder, symlinks=True, copy_function=os.link)
 
 
 def run(page: Path, folders: Folders, *, update: bool) -> list[str]:

@@ -4,8 +4,10 @@ A ```console block holds commands behind "$ " and what they leave on the screen.
 Comments in the page say what is special:
 
   <!-- starts in: tutorial.md -->    the page goes on in (a copy of) the folder that another page left
-  <!-- starts in: a clone -->        its folder is a clone of the repository
+  <!-- starts in: a clone -->        its folder is a clone of the repository; "a clone, with PAGE in FOLDER": and has in
+                                     FOLDER what that page left; "a clone, with the source distribution": the pinned one
   <!-- not run: reason -->           the next block is not run here
+  <!-- fails -->                     the last command of the next block ends with an error, every other one does not
   <!-- numbers: within 5 % -->       the next block's numbers may differ by so much; without it they are exact
   <!-- answers vary -->              the next block is a chat: what is typed counts, and that something is answered
   <!-- file: NAME -->                the next block is what the reader saves as NAME
@@ -156,9 +158,9 @@ class Runner:
         self.environment.pop("COLUMNS", None)
 
     def check(self, block: Block) -> None:
-        """Raises Differs where the block's commands print something else than the page says."""
-        for command in block.commands():
-            printed = self.run(command)
+        """Raises Differs where the block's commands print something else than the page says, or end otherwise."""
+        for command, fails in endings(block):
+            printed = self.run(command, fails)
             if not same(command.printed, printed, block.says):
                 raise Differs(
                     "\n".join([f"{block.where}: {command.line}", "the page says:", *command.printed, "printed is:", *printed])
@@ -167,24 +169,29 @@ class Runner:
     def renewed(self, block: Block) -> list[str]:
         """The block's lines with what its commands print now; where that is the same to the reader, as they were."""
         out: list[str] = []
-        for command in block.commands():
-            printed = self.run(command)
+        for command, fails in endings(block):
+            printed = self.run(command, fails)
             keep = same(command.printed, printed, block.says)
             out += command.typed[:1] + [line[2:] for line in command.typed[1:]] + (command.printed if keep else printed)
         return out
 
-    def run(self, command: Command) -> list[str]:
-        """What stays on the screen. Raises Differs where the command fails and the page does not say so."""
+    def run(self, command: Command, fails: bool = False) -> list[str]:
+        """What stays on the screen. Raises Differs where the command fails and should not, or the other way round."""
         typed = [line[2:] for line in command.printed if line.startswith(CHAT_PROMPT)]
         done = subprocess.run(
             ["bash", "-c", command.line], cwd=self.folder, env=self.environment, input="".join(f"{t}\n" for t in typed),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", timeout=TIMEOUT,
         )  # fmt: skip
         printed = screen(done.stdout)
-        failed = any(line.startswith("error: ") for line in command.printed)
-        if (done.returncode != 0) != failed:
+        if (done.returncode != 0) != fails:
             raise Differs("\n".join([f"{command.line}: exit status {done.returncode}", *printed[-20:]]))
         return printed
+
+
+def endings(block: Block) -> list[tuple[Command, bool]]:
+    """A block's commands, and whether each ends with an error."""
+    commands = block.commands()
+    return [(command, "fails" in block.says and command is commands[-1]) for command in commands]
 
 
 def screen(text: str) -> list[str]:
