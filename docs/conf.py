@@ -1,5 +1,6 @@
 """How sphinx builds these pages. The pages are plain Markdown; scripts/docs calls this."""
 
+import re
 from pathlib import Path
 
 project = "gguftool"
@@ -9,15 +10,14 @@ html_theme = "alabaster"
 html_theme_options = {"page_width": "1100px", "sidebar_width": "240px", "description": "Mixture-of-Experts that fit"}
 html_sidebars = {"**": ["about.html", "navigation.html", "searchfield.html"]}
 myst_heading_anchors = 4
-# The README lies outside of the pages and is linked as a file.
-suppress_warnings = ["myst.header"]
-
 HERE = Path(__file__).parent
 ORDER = ("tutorial", "methods/index", "results", "format", "patches", "architectures", "criteria")
 
 
 def add_contents(app, name, source):
     """Lists the pages for the side bar; in the Markdown itself such a list would show as code."""
+    # What lies outside of the pages is named, not linked.
+    source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\./)+((?:README|patches/README)\.md)\)", r"\1 (`\2`)", source[0])
     if name == "index":
         others = sorted(path.stem for path in HERE.glob("*.md") if path.stem != "index")
         listed = [*ORDER, *(other for other in others if other not in ORDER)]

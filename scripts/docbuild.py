@@ -17,16 +17,47 @@ from docpages import ROOT, Differs, Runner, blocks, make_clone, pages, starts_in
 from gguftool import runtime_build
 
 
-class Folders:
-    """A folder for every page that is run; a page that goes on in another's folder gets a copy of it."""
+class Book:
+    """The pages that are run, each once and in a folder of its own."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        self.done: dict[Path, Path] = {}
+        self.folders: dict[Path, Path] = {}
+        self.differs: dict[Path, list[str]] = {}
 
-    def runner(self, page: Path) -> Runner:
+    def run(self, page: Path, update: bool = False) -> list[str]:
+        """Runs a page's blocks, once. What differs, as text; with `update` the page is written anew instead."""
+        if page not in self.differs:
+            self.differs[page] = self._run(page, update)
+        return self.differs[page]
+
+    def _run(self, page: Path, update: bool) -> list[str]:
+        runner, differs = self._runner(page), []
+        lines, shift = page.read_text(encoding="utf-8").splitlines(), 0
+        for block in blocks(page):
+            if "file" in block.says:
+                (runner.folder / block.says["file"]).write_text("\n".join(block.lines) + "\n", encoding="utf-8")
+            if block.language != "console" or "not run" in block.says:
+                continue
+            print(block.where, file=sys.stderr, flush=True)
+            try:
+                if update:
+                    new = runner.renewed(block)
+                    lines[block.start + shift : block.end + shift] = new
+                    shift += len(new) - len(block.lines)
+                else:
+                    runner.check(block)
+            except Differs as error:
+                differs.append(str(error))
+        if update:
+            page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return differs
+
+    def _runner(self, page: Path) -> Runner:
         """The runner of a page, its folder as the page expects it; runs the page whose folder that is, if need be."""
-        folder = self.scratch / str(len(self.done)) / page.stem
+        number = len(self.folders)
+        folder = self.scratch / str(number) / page.stem
+        self.folders[page] = folder
         before = starts_in(page)
         place, _, more = before.partition(", with ")
         if place == "a clone":
@@ -41,38 +72,12 @@ class Folders:
             self._left_by(page.parent / before, folder)
         else:
             folder.mkdir(parents=True)
-        self.done[page] = folder
-        return Runner(folder, self.scratch / f"tools-{len(self.done)}")
+        return Runner(folder, self.scratch / str(number) / "tools")
 
     def _left_by(self, other: Path, folder: Path) -> None:
         """Makes `folder` a copy of what the page `other` left. Of links, as nothing here changes a file in place."""
-        if other.resolve() not in self.done:
-            run(other.resolve(), self, update=False)
-        shutil.copytree(self.done[other.resolve()], folder, symlinks=True, copy_function=os.link)
-
-
-def run(page: Path, folders: Folders, *, update: bool) -> list[str]:
-    """Runs a page's blocks. What differs, as text; with `update` the page is written anew instead."""
-    runner, differs = folders.runner(page), []
-    lines, shift = page.read_text(encoding="utf-8").splitlines(), 0
-    for block in blocks(page):
-        if "file" in block.says:
-            (runner.folder / block.says["file"]).write_text("\n".join(block.lines) + "\n", encoding="utf-8")
-        if block.language != "console" or "not run" in block.says:
-            continue
-        print(block.where, file=sys.stderr, flush=True)
-        try:
-            if update:
-                new = runner.renewed(block)
-                lines[block.start + shift : block.end + shift] = new
-                shift += len(new) - len(block.lines)
-            else:
-                runner.check(block)
-        except Differs as error:
-            differs.append(str(error))
-    if update:
-        page.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return differs
+        self.run(other.resolve())
+        shutil.copytree(self.folders[other.resolve()], folder, symlinks=True, copy_function=os.link)
 
 
 def main() -> int:
@@ -91,11 +96,10 @@ def main() -> int:
         return 0
     differs: list[str] = []
     with tempfile.TemporaryDirectory(prefix="gguftool-docs-") as scratch:
-        folders = Folders(Path(scratch))
-        for page in [page.resolve() for page in args.pages] or pages():
-            if page in folders.done:
-                continue
-            differs += run(page, folders, update=args.update)
+        book, asked = Book(Path(scratch)), [page.resolve() for page in args.pages] or pages()
+        # What other pages go on from comes first, so that it is renewed before they are.
+        for page in sorted(asked, key=lambda page: starts_in(page) != ""):
+            differs += book.run(page, update=args.update)
     print("\n\n".join(differs), file=sys.stderr)
     return 1 if differs else 0
 

@@ -30,6 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ANY = "…"
 CHAT_PROMPT = "> "
+# What a page calls the folder that it is run in.
+HOME = "/home/you/gguftool"
 TIMEOUT = 600
 _FENCE = re.compile(r"```(\w*)\s*$")
 _COMMENT = re.compile(r"<!-- ([a-z ]+?)(?:: (.*?))? -->$")
@@ -117,8 +119,8 @@ def starts_in(page: Path) -> str:
 
 
 def pages() -> list[Path]:
-    """Every page of the documentation, the README last."""
-    return [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+    """Every page of the documentation."""
+    return [path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in path.parts]
 
 
 def make_clone(folder: Path) -> None:
@@ -182,7 +184,7 @@ class Runner:
             ["bash", "-c", command.line], cwd=self.folder, env=self.environment, input="".join(f"{t}\n" for t in typed),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", timeout=TIMEOUT,
         )  # fmt: skip
-        printed = screen(done.stdout)
+        printed = screen(done.stdout.replace(str(self.folder.resolve()), HOME))
         if (done.returncode != 0) != fails:
             raise Differs("\n".join([f"{command.line}: exit status {done.returncode}", *printed[-20:]]))
         return printed
