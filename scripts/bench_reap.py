@@ -192,11 +192,12 @@ def measure(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gguftool-bench-", dir=args.dir)))
         terminal.say(f"writing {args.layers} layers of random weights")
         path = write_random_checkpoint(scratch / "model", shape, args.layers)
+        small = write_random_checkpoint(scratch / "tiny", tiny(shape), 1)
         checkpoint = open_checkpoint(str(path))
         windows = np.random.default_rng(0).integers(0, checkpoint.n_vocab, (args.windows, args.n_ctx))
         np.save(scratch / "windows.npy", windows)
         options = {
-            "checkpoint": str(path), "windows": str(scratch / "windows.npy"), "work": str(scratch / "work"),
+            "checkpoint": str(path), "tiny": str(small), "windows": str(scratch / "windows.npy"), "work": str(scratch / "work"),
             "batch": args.batch, "threads": args.threads, "dtype": args.dtype, "source": f"{args.cerebras}/src",
         }  # fmt: skip
         workers = {side: stack.enter_context(public(pythons[side], options, scratch / f"{side}.log")) for side in sides}
@@ -239,8 +240,6 @@ def _rounds(
     checkpoint: Checkpoint, windows: NDArray[np.int64], options: Mapping[str, Any], terminal: Terminal,
 ) -> tuple[list[Times], dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:  # fmt: skip
     """Seconds of each kind in each round, the saliencies that they gave, and ours of all windows and of few."""
-    for side, question, _ in kinds.values():  # the first time imports and finds its memory
-        workers[side].ask(question | {"n_windows": 1})
     ours = {"few": saliency(checkpoint, windows[: args.few], options)[0]}
     rounds: list[Times] = []
     theirs: dict[str, NDArray[np.float64]] = {}

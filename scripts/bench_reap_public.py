@@ -2,18 +2,21 @@
 
     python bench_reap_public.py '{"checkpoint": …, "windows": FILE.npy, "batch": 4, "threads": 2, "dtype": "float32", …}'
 
-A question is a line of JSON, so is its answer: seconds, and for an observer the saliency of every expert. Each question
-loads the model anew, because llm-compressor prunes the one that it is given; loading and a first window are not timed.
+A question is a line of JSON, so is its answer: seconds, and for an observer the saliency of every expert. A process forked
+for each question loads the model anew: llm-compressor prunes the one that it is given and was seen to hold it afterwards.
+Loading, a run on a tiny model and a first window are not timed.
 Nothing of gguftool is imported here. CPU seconds are those of all threads: they hold on a busy machine too.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 import time
-from typing import Any
+import traceback
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -74,6 +77,13 @@ def llmcompressor(options: dict[str, Any], batches: Batches) -> dict[str, Any]:
     from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
     from llmcompressor.modifiers.pruning.reap.utils import REAPSaliencyTracker
 
+    def observe(model: nn.Module) -> None:
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        oneshot(
+            model=model, processor=object(), dataset=loader, recipe=[REAPPruningModifier(sparsity=0.5)],
+            pipeline=options["pipeline"], moe_calibrate_all_experts=options["all_experts"],
+        )  # fmt: skip
+
     found: list[list[float]] = []
     decide = REAPSaliencyTracker.compute_retained_experts
 
@@ -81,19 +91,13 @@ def llmcompressor(options: dict[str, Any], batches: Batches) -> dict[str, Any]:
         found.append(tracker.mean_saliency.tolist())
         return decide(tracker, *args)
 
+    observe(linearize_moe(load(options | {"checkpoint": options["tiny"]})))
     model = linearize_moe(load(options))
     warm(model, batches)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)
     REAPSaliencyTracker.compute_retained_experts = listen
     clock = Clock()
-    try:
-        oneshot(
-            model=model, processor=object(), dataset=loader, recipe=[REAPPruningModifier(sparsity=0.5)],
-            pipeline=options["pipeline"], moe_calibrate_all_experts=options["all_experts"],
-        )  # fmt: skip
-        times = clock.read()
-    finally:
-        REAPSaliencyTracker.compute_retained_experts = decide
+    observe(model)
+    times = clock.read()
     # It decides layer after layer in the order of their names, which for fewer than ten is their order.
     return times | {"saliency": found}
 
@@ -121,18 +125,37 @@ def cerebras(options: dict[str, Any], batches: Batches) -> dict[str, Any]:
 KINDS = {"plain": plain, "llmcompressor": llmcompressor, "cerebras": cerebras}
 
 
+def answer(options: dict[str, Any], answers: TextIO) -> None:
+    """Answers a question in a process of its own. Raises SystemExit where that fails; stderr has the reason."""
+    child = os.fork()
+    if child:
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise SystemExit(1)
+        return
+    status = 1
+    try:
+        torch.set_num_threads(options["threads"])
+        windows, size = torch.from_numpy(np.load(options["windows"])), options["batch"]
+        few = windows[: options["n_windows"]]
+        batches = [{"input_ids": few[first : first + size]} for first in range(0, len(few), size)]
+        print(json.dumps(KINDS[options["kind"]](options, batches)), file=answers, flush=True)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def main() -> None:
-    """Answers until its input ends. What libraries print goes to stderr."""
+    """Answers until its input ends. What libraries print goes to stderr. This process itself computes nothing."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     common = json.loads(sys.argv[1])
-    torch.set_num_threads(common["threads"])
-    windows = torch.from_numpy(np.load(common["windows"]))
+    if importlib.util.find_spec("llmcompressor"):
+        importlib.import_module("llmcompressor")
     for line in sys.stdin:
-        options = common | json.loads(line)
-        few, size = windows[: options["n_windows"]], options["batch"]
-        batches = [{"input_ids": few[first : first + size]} for first in range(0, len(few), size)]
-        print(json.dumps(KINDS[options["kind"]](options, batches)), file=answers, flush=True)
+        answer(common | json.loads(line), answers)
 
 
 if __name__ == "__main__":
