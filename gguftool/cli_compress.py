@@ -14,6 +14,7 @@ from .cli_options import (
     backend_option,
     data_option_or_recipe,
     device_option,
+    dry_run_option,
     load_runtime,
     make_terminal,
     memory_options,
@@ -29,6 +30,7 @@ from .errors import GgufToolError
 
 if TYPE_CHECKING:
     from .recipe_file import RunRecipe
+    from .runs import Step
 
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 # Where the option's variable is not called as the recipe's key.
@@ -57,6 +59,7 @@ _KEYS = {"n_ctx": "ctx"}
 @n_ctx_option
 @windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
+@dry_run_option
 @pre_tokenizer_option
 @device_option
 @memory_options
@@ -64,7 +67,8 @@ _KEYS = {"n_ctx": "ctx"}
 @output_options
 @click.pass_context
 def compress(
-    context: click.Context, name: str | None, out: Path, as_json: bool, quiet: bool, **options: Any
+    context: click.Context, name: str | None, out: Path, dry_run: bool, as_json: bool, quiet: bool,
+    **options: Any
 ) -> None:  # fmt: skip
     """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end.
 
@@ -73,15 +77,27 @@ def compress(
     read again and hashed; a perplexity or a KL divergence that cannot be right, or backends that disagree, are a failure.
     """
     from .recipe_file import find, load
-    from .runs import Ears, carry_out
+    from .runs import Ears, carry_out, outlook
 
     recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
+    if dry_run:
+        with terminal.progress() as progress:
+            steps = outlook(recipe, out, Ears(progress, terminal.say))
+        lines = [f"{'is there' if s.there else 'to make ':<9} {_size(s):>12}  {s.name}" for s in steps]
+        terminal.show({"path": str(out), "written": False, "steps": [vars(step) for step in steps]}, *lines)
+        return
     with terminal.live(f"{recipe.model} -> {out}", recipe.quant) as (progress, watch):
         report = carry_out(recipe, out, Ears(progress, terminal.say, watch))
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
+
+
+def _size(step: Step) -> str:
+    from .report import megabytes
+
+    return "" if step.bytes is None else f"{'' if step.there else 'about '}{megabytes(step.bytes)}"
 
 
 def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[str, Any]) -> RunRecipe:

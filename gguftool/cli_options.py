@@ -52,6 +52,7 @@ output_options = combined(
     click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
     click.option("--quiet", is_flag=True, help="No progress and no log."),
 )
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 backend_option = click.option(
     "--backend", default="auto", show_default=True, type=click.Choice(BACKEND_NAMES),

@@ -83,7 +83,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     if refit and can_refit(source.model, plan):
         name = f"{stem}.refit{'-sequential' if refit == 'sequential' else ''}.safetensors"
         path = work.step(name, kept, lambda path: _refit(job, work, source, plan, refit, path))
-        weights = Overrides.load(path)
+        weights = work.read(path, Overrides.load)
         sequential = refit == "sequential"
         stem, label = f"{stem}{'RS' if sequential else 'R'}", f"{label} + {'sequential ' if sequential else ''}refit"
     elif recipe.method == "dern" and drops_experts(plan):
@@ -94,7 +94,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
             kept,
             lambda path: dern(checkpoint, plan, path, device=job.device, progress=job.progress),
         )
-        weights = Overrides.load(path)
+        weights = work.read(path, Overrides.load)
     notes += weights.origin.notes if weights is not None else ()
     if refit and weights is None and plan.kept_share < 1:
         notes = (
@@ -227,17 +227,20 @@ class Produced:
         return list(dict.fromkeys(self.work.used))
 
 
-def produce(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") -> Produced:
-    """Every file of one recipe, in `out`; what is there already stays."""
+def produce(
+    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", dry: bool = False
+) -> Produced:  # fmt: skip
+    """Every file of one recipe, in `out`; what is there already stays. A `dry` run only finds what that is."""
     target = recipe.target
     _check_refit(job, recipe, refit)
-    work = Workspace(out, say, watch=job.watch)
+    work = Workspace(out, say, watch=job.watch, dry=dry)
     source = prepare(job, work, [recipe])
     built = build(job, work, source, recipe, refit=refit)
     quantized = target is not None and target not in encoding.FLOATS and not source.has_encoding(target)
     rivals = [quantize_base(job, work, source, target)] if target and quantized else []
     assert built.plan is not None
-    notes = [built.plan.formula, *built.plan.notes, *built.notes, *coverage(source.stats).notes()]
+    notes = [built.plan.formula, *built.plan.notes, *built.notes]
+    notes += [] if dry else coverage(source.stats).notes()
     if isinstance(source.model, GgufModel) and source.model.is_quantized:
         notes.append(f"the original here is {source.encoding} itself: what that had cost before is in no number")
     return Produced(work, source, built, rivals, notes)
@@ -270,7 +273,9 @@ def far_from_plan(job: Job, made: Produced) -> list[str]:
     plan, stats, base = made.built.plan, made.source.stats, made.source.base
     assert plan is not None
     models, texts = [made.built, *made.rivals], {}
-    for source in map(as_source, job.calibration):
+    for source, (_, windows) in zip(map(as_source, job.calibration), made.source.domains, strict=True):
+        if len(windows) < 2:
+            continue  # read as one text, and not document by document, a single window may come out too short
         text, special = read_scored(source, lambda: template_of_gguf(base))
         texts[f"{source.name} (calibration)"] = [
             one.as_dict() for one in _compared(job, base, models, text, special, CHECKED_WINDOWS)

@@ -133,7 +133,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
         calibrate(checkpoint, domains, scratch, device=job.device, how=how, progress=job.progress, out=path)
 
     path = work.step(_stats_name(job), inputs | _texts_key(job, domains) | {"dtype": str(how.dtype)}, measure)
-    stats = CalibrationStats.load(path)
+    stats = work.read(path, CalibrationStats.load) or blank
     return Prepared(checkpoint, base, stats, domains)
 
 
@@ -165,7 +165,7 @@ def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepa
         )  # fmt: skip
 
     path = work.step(_stats_name(job), key | _texts_key(job, domains), measure)
-    stats = CalibrationStats.load(path)
+    stats = work.read(path, CalibrationStats.load) or blank
     work.state["base.gguf"] = model.fingerprint
     return Prepared(replace(model, norm_topk=stats.model.norm_topk), job.model, stats, domains)
 

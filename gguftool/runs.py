@@ -15,7 +15,9 @@ from .gguf_file import Progress
 from .gguf_model import is_gguf, open_gguf
 from .memory import parse_bytes
 from .pipeline import Produced, assess, produce
+from .planner import make_plan
 from .prepare import Job
+from .recipe import Recipe
 from .recipe_file import NAME, Made, RunRecipe, load, save
 from .report import Report
 from .sources import files
@@ -51,6 +53,49 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears()) -> Report:
     made = produce(job, out, pruning, ears.say, refit=recipe.refit or "")
     save(replace(recipe, made=what_it_met(recipe, job, made)), out / NAME, HEAD)
     return assess(job, made)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A file of a run: whether it is there already, made from the same; its bytes, about where it is not, None unknown."""
+
+    name: str
+    there: bool
+    bytes: int | None
+
+
+def outlook(recipe: RunRecipe, out: Path, ears: Ears = Ears()) -> list[Step]:
+    """What `carry_out` would write, in order. Reads the model's headers and tokenises the texts; writes nothing.
+
+    Raises GgufToolError for all that would be refused before the first dear step.
+    """
+    job = job_of(recipe, ears)
+    made = produce(job, out, recipe.pruning, lambda _text: None, refit=recipe.refit or "", dry=True)
+    sizes = _sizes(made)
+    steps = []
+    for name in made.files:
+        there = name not in made.work.missing
+        steps.append(Step(name, there, (out / name).stat().st_size if there else sizes.get(name)))
+    return steps
+
+
+def _sizes(made: Produced) -> dict[str, int]:
+    """Bytes by name of the large files that a run makes, without their headers."""
+    facts, plan, target = made.source.stats.model, made.built.plan, made.built.encoding
+    assert plan is not None
+    sizes = {"base.gguf": sum(spec.padded_bytes for spec in facts.tensors)}
+    whole = make_plan(made.source.stats, Recipe("global", 0.0, target=plan.recipe.target))
+    for name in made.files:
+        if name.startswith("stats"):
+            sizes[name] = made.source.stats.array_bytes
+        elif name.endswith(".safetensors"):
+            sizes[name] = sum(4 * facts.n_embd * sum(layer.widths) for layer in plan.layers)
+        elif name in {rival.path.name for rival in made.rivals}:
+            sizes[name] = whole.encoded_bytes or 0
+        elif name.endswith(".gguf") and name != "base.gguf":
+            final = name == made.built.path.name and plan.encoded and target == plan.recipe.target
+            sizes[name] = (plan.encoded_bytes or 0) if final else plan.tensor_bytes
+    return sizes
 
 
 def job_of(recipe: RunRecipe, ears: Ears) -> Job:

@@ -151,6 +151,12 @@ class CalibrationStats:
         domains = (Domain("blank", "", 0),) * n_domains
         return cls(model, domains, 0, experts, neurons, np.ones((*shape, model.n_embd)), np.ones(shape[0]))
 
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of the arrays about experts, most of the file."""
+        arrays = [*self.experts.values(), *self.neurons.values(), self.expert_inputs]
+        return sum(array.size * 8 for array in arrays)
+
     def expert(self, name: str) -> Array:
         """An expert accumulator over all domains, [L, E]: the sum, or the maximum for `max_out`."""
         values = self.experts[name]

@@ -51,6 +51,7 @@ def test_functions_are_named_as_commands_and_their_options_as_options():
 def test_a_module_of_the_same_name_does_not_take_the_functions_place():
     import gguftool.calibrate
     import gguftool.plan
+    import gguftool.tiers
     from gguftool.plan import PrunePlan
 
     assert python_inspect.isfunction(gguftool.plan) and python_inspect.isfunction(gguftool.calibrate)
@@ -85,8 +86,8 @@ def test_the_lines_of_the_readme_run(checkpoint_dir, base_gguf, tmp_path, monkey
     again = gguftool.plan(CalibrationStats.load(Path("stats.safetensors")), method="auto", ratio=0.4, target="Q4_K_M")
     assert again.kept_hash == found["plan"].kept_hash
     report = gguftool.compress(
-        "MODEL_DIR", out="out", recipe="code", data=["code.txt"], eval=["wiki.txt"], method="global", quant="Q8_0",
-        windows=2, eval_windows=1, pre_tokenizer="qwen2", backend="cpu",
+        "base.gguf", out="out", recipe="code", data=["code.txt"], eval=["wiki.txt"], method="global", quant="Q8_0",
+        windows=2, eval_windows=1, backend="cpu",
     )  # fmt: skip
     assert report.failures == () and gguftool.verify("out", fast=True) == []
     with open(next((tmp_path / "out").glob("*GLOBAL40-Q8_0.gguf")), "ab") as file:

@@ -18,7 +18,7 @@ from gguftool.recipe_file import load
 from gguftool.runs import Ears, job_of
 from gguftool.tensors import TensorSpec
 from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
-from test_cli import gguftool
+from typed import typed
 
 RECIPE = """
 model = "model"
@@ -36,14 +36,14 @@ PRUNED = "model-GLOBAL40-Q8_0.gguf"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, checkpoint_dir, runtime):
+def place(tmp_path_factory, checkpoint_dir, llama):
     """A folder with a recipe, its texts, and the output `out`, for which 0.4 on the command line went before 0.25."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copyfile(builtin.texts()["calib_code"], folder / "calib.txt")
     shutil.copyfile(builtin.texts()["eval_code"], folder / "eval.txt")
     (folder / "model").symlink_to(checkpoint_dir)
     (folder / "r.toml").write_text(RECIPE)
-    said = gguftool("compress", "--recipe", folder / "r.toml", "--ratio", 0.4, "-o", folder / "out", "--json")
+    said = typed("compress", "--recipe", folder / "r.toml", "--ratio", 0.4, "-o", folder / "out", "--json")
     assert json.loads(said)["failures"] == []
     return folder
 
@@ -60,12 +60,12 @@ def test_the_used_recipe_lies_beside_the_output(place, checkpoint_dir):
 
 
 def test_the_recipe_makes_the_same_bytes_again(place):
-    assert "byte for byte the same" in gguftool("verify", place / "out")
+    assert "byte for byte the same" in typed("verify", place / "out")
     assert not (place / "out.verify").exists()
     before = (place / "eval.txt").read_bytes()
     (place / "eval.txt").write_bytes(before + b"!")
     try:
-        said = gguftool("verify", place / "out", code=1)
+        said = typed("verify", place / "out", code=1)
         assert "cannot be made again" in said and "eval.txt is not what it was: another sha256" in said
         assert not (place / "out.verify").exists()
     finally:
@@ -75,7 +75,7 @@ def test_the_recipe_makes_the_same_bytes_again(place):
 def test_damage_is_found_with_its_name_and_both_hashes(place, tmp_path):
     copy = tmp_path / "out"
     shutil.copytree(place / "out", copy)
-    assert "as they were made" in gguftool("verify", copy, "--fast")
+    assert "as they were made" in typed("verify", copy, "--fast")
     was = sha256(copy / PRUNED)
     with open(copy / PRUNED, "r+b") as file:
         file.seek(-1, 2)
@@ -83,28 +83,28 @@ def test_damage_is_found_with_its_name_and_both_hashes(place, tmp_path):
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
     for way in (["--fast"], ["--scratch", tmp_path / "again"]):
-        said = gguftool("verify", copy, *way, code=1)
+        said = typed("verify", copy, *way, code=1)
         assert f"{PRUNED}: sha256 was {was}, and is {sha256(copy / PRUNED)}" in said and "1 differences" in said
     (copy / PRUNED).unlink()
-    said = gguftool("verify", copy, "--fast", "--json", code=1)
+    said = typed("verify", copy, "--fast", "--json", code=1)
     assert f"{PRUNED}: sha256 was {was}, and it is missing" in said
     shutil.copyfile(place / "out" / PRUNED, copy / PRUNED)
     record = Verified.load(copy)
     # As if it had been made otherwise: what is made again differs from the record.
     Verified({**record.files, PRUNED: "0" * 64}).save(copy)
-    said = gguftool("verify", copy, "--scratch", tmp_path / "again", code=1)
+    said = typed("verify", copy, "--scratch", tmp_path / "again", code=1)
     assert said.count(f"sha256 was {'0' * 64}, and is {was}") == 2
     Verified(record.files, ["KL divergence of 9"]).save(copy)
-    assert "that run was not done: KL divergence of 9" in gguftool("verify", copy, "--fast", code=1)
+    assert "that run was not done: KL divergence of 9" in typed("verify", copy, "--fast", code=1)
 
 
 def test_a_folder_without_a_run_is_none(tmp_path, place):
-    assert "gguftool compress" in gguftool("verify", tmp_path, code=1)
+    assert "gguftool compress" in typed("verify", tmp_path, code=1)
     (tmp_path / "verified.json").write_text("{}")
-    assert "not a record" in gguftool("verify", tmp_path, code=1)
+    assert "not a record" in typed("verify", tmp_path, code=1)
     (place / "out.verify").mkdir()
     (place / "out.verify" / "mine.txt").write_text("dear")
-    assert "--scratch" in gguftool("verify", place / "out", code=1)
+    assert "--scratch" in typed("verify", place / "out", code=1)
     assert (place / "out.verify" / "mine.txt").read_text() == "dear"
     shutil.rmtree(place / "out.verify")
 
@@ -122,18 +122,18 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
         (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
     ],
 )
-def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, runtime):
-    assert said in gguftool("compress", *arguments, "-o", tmp_path / "out", code=code)
+def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama):
+    assert said in typed("compress", *arguments, "-o", tmp_path / "out", code=code)
     assert not (tmp_path / "out").exists()
 
 
 def test_recipes_are_listed_and_printed():
-    assert {row["name"] for row in json.loads(gguftool("recipes", "--json"))["recipes"]} == {
+    assert {row["name"] for row in json.loads(typed("recipes", "--json"))["recipes"]} == {
         "code",
         "general",
         "smallest",
     }
-    assert 'quant = "Q4_K_M"' in gguftool("recipes", "code")
+    assert 'quant = "Q4_K_M"' in typed("recipes", "code")
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,12 @@ def test_there_is_no_example_of_a_command_that_is_none():
     assert set(EXAMPLES) == {*groups(cli), *commands(cli)}
 
 
+@pytest.mark.parametrize("name", sorted(set(commands(cli)) - {"run", "serve", "completion"}))
+def test_every_command_can_be_quiet_and_speak_json(name):
+    options = {text for option in commands(cli)[name].params for text in option.opts}
+    assert {"--json", "--quiet"} <= options
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     code = "import sys; from gguftool.cli import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
