@@ -9,11 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
 import docfacts
 from docpages import ROOT, Differs, Runner, blocks, make_clone, pages, starts_in
-
 from gguftool import runtime_build
 
 

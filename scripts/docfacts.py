@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from docpages import ROOT
-
 from gguftool import architectures, inventory
 from gguftool.errors import GgufToolError
 from gguftool.methods import METHODS, Method, check_options
@@ -78,7 +77,9 @@ def _figures(name: str) -> list[str]:
     built_in, larger = results()
     labels = [name, f"{name}+refit"]
     lines: list[str] = []
-    small = [(r, built_in[label]) for r in RATIOS for label in (f"{name} {r}", f"{name} {r} + refit") if label in built_in]
+    small = [
+        (r, built_in[label]) for r in RATIOS for label in (f"{name} {r}", f"{name} {r} + refit") if label in built_in
+    ]
     if small:
         lines += ["| built-in model | size | KL, code | KL, prose |", "|---|--:|--:|--:|"]
         lines += [
@@ -97,7 +98,9 @@ def _figures(name: str) -> list[str]:
 def results() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Rows of docs/results.md by label: of the built-in model ("tenp 25 %"), and of the 27 M model ("tenp")."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [
+        [part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
     built_in = {row[0]: row for row in rows if len(row) == 6 and re.search(r" \d+ %", row[0])}
     larger = {row[0].strip("`"): row for row in rows if len(row) == 7 and row[0].startswith("`")}
     return built_in, larger
@@ -107,7 +110,9 @@ def _methods(_: str) -> list[str]:
     lines = ["| method | what it does | source | layout |", "|---|---|---|---|"]
     for method in METHODS.values():
         layout = "stock" if method.stock else "tiered"
-        lines.append(f"| [`{method.name}`]({method.name}.md) | {cell(method.summary)} | {linked(method.source)} | {layout} |")
+        lines.append(
+            f"| [`{method.name}`]({method.name}.md) | {cell(method.summary)} | {linked(method.source)} | {layout} |"
+        )
     return lines
 
 

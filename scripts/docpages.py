@@ -165,7 +165,9 @@ class Runner:
             printed = self.run(command, fails)
             if not same(command.printed, printed, block.says):
                 raise Differs(
-                    "\n".join([f"{block.where}: {command.line}", "the page says:", *command.printed, "printed is:", *printed])
+                    "\n".join(
+                        [f"{block.where}: {command.line}", "the page says:", *command.printed, "printed is:", *printed]
+                    )
                 )
 
     def renewed(self, block: Block) -> list[str]:
