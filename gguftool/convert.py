@@ -130,6 +130,8 @@ def _run(command: list[str], environment: dict[str, str], progress: Progress | N
 def _reason(model: Path, code: int, log: str) -> str:
     if code < 0:
         return f"{model}: llama.cpp's converter did not finish: {ending(code)}"
+    if short := re.search(r"OSError: (\d+ requested and \d+ written)", log):
+        return f"llama.cpp's converter could not write all of it ({short[1]}); make room and run it again"
     if "pre-tokenizer was not recognized" in log:
         return (
             f"{model}: llama.cpp does not know this vocabulary's pre-tokenizer; name the one that it was made with, "

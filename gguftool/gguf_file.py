@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -171,7 +172,7 @@ def write_gguf(
                 data = produce(spec)
                 if data.nbytes != spec.nbytes:
                     raise GgufToolError(f"{spec.name}: {data.nbytes} bytes were made, {spec.nbytes} announced")
-                writer.write_tensor_data(np.ascontiguousarray(data))
+                _write_data(writer, np.ascontiguousarray(data))
                 done += spec.padded_bytes
                 if progress:
                     progress(done, total, spec.name)
@@ -180,6 +181,16 @@ def write_gguf(
         GgufFile(partial)
         if source is not None:
             source.check_unchanged()
+
+
+def _write_data(writer: gguf.GGUFWriter, data: Bytes) -> None:
+    try:
+        writer.write_tensor_data(data)
+    except OSError as error:
+        if error.errno is None and writer.fout:
+            # numpy only counts what it could not write. The system says why when it is asked again.
+            os.write(writer.fout[0].fileno(), data.reshape(-1)[:1].tobytes())
+        raise
 
 
 def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[TensorSpec]) -> int:

@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up(stage, share, line, wanted, small, unlimited, faul
     out = small(f"size={size}") / "out"
     with fault():
         told = complaint(stage, line, out)
-        assert "No space left" in told or "make room" in told or "os error 28" in told, told
+        assert any(word in told for word in ("No space left", "make room", "os error 28", " free")), told
         assert not out.exists() or (out.is_dir() and all(want[n] == v for n, v in contents(out).items() if n in want))
         assert not list(out.parent.glob("*.partial")) and not list(out.parent.glob(".*.lock"))
         small("size=64m")
@@ -254,7 +254,7 @@ def test_a_limit_of_file_sizes(stage, line, wanted, tmp_path, fault):
     with fault():
         with file_limit(max(map(len, want.values())) // 2):
             told = complaint(stage, line, out)
-        assert any(word in told for word in ("File too large", "SIGXFSZ", "os error 27")), told
+        assert any(word in told for word in ("File too large", "SIGXFSZ", "os error 27", "0 written")), told
         assert not out.is_file()
         stage(line, out)
         assert contents(out) == want
@@ -427,12 +427,8 @@ def test_an_input_that_changes_while_it_is_read(stage, line, wanted, tmp_path, f
     folder, out = tmp_path / "copy", tmp_path / "here" / "out"
     shutil.copytree(line.folder, folder)
     own = replace(line, folder=folder)
-    changed = folder / {
-        "expand": "tiered.gguf",
-        "prune": "base.gguf",
-        "quantize": "base.gguf",
-        "calibrate GGUF": "base.gguf",
-    }.get(stage, "model/model.safetensors")
+    names = {"expand": "tiered.gguf", "prune": "base.gguf", "quantize": "base.gguf", "calibrate GGUF": "base.gguf"}
+    changed = folder / names.get(stage, "model/model.safetensors")
     spoil, work = change(changed), out.with_name("work")
     runs = {
         "prune": lambda: prune(own.base, own.plan, out, progress=spoil),
