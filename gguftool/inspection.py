@@ -189,7 +189,7 @@ def _check_routing(file: GgufFile) -> Iterator[str]:
         yield f"the metadata says {count} experts; llama.cpp takes {_MOST_EXPERTS} at most"
     if used > count or (count and used < 1):
         yield f"the metadata says {used} of {count} experts are used"
-    if groups > 1 and (count % groups or not 0 < chosen < groups) or (groups and groups >= count):
+    if (groups > 1 and (count % groups or not 0 < chosen < groups)) or (groups and groups >= count):
         yield f"the metadata says {chosen} of {groups} groups of {count} experts are used"
 
 
@@ -242,9 +242,7 @@ def _check_complete(index: int, tier: int | None, own: set[str], gated: bool) ->
             yield f"{named(role)} is missing"
 
 
-def _check_shape(
-    layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: int, n_router: int
-) -> Iterator[str]:
+def _check_shape(layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: int, n_router: int) -> Iterator[str]:
     if name.role == "map":
         return
     if name.role == "router":

@@ -10,17 +10,17 @@ import random
 import re
 from pathlib import Path
 
-import hostile_gguf
 import numpy as np
 import pytest
 from gguf import GGUFValueType as V
-from hostile import Tensors, rebuild, resized, tiny_gguf
 
+import hostile_gguf
 from gguftool.errors import GgufToolError
 from gguftool.gguf_file import GgufFile, KeyValue
 from gguftool.inspection import check, inspect
 from gguftool.layout import parse
 from gguftool.loading import refusals
+from hostile import Tensors, rebuild, resized, tiny_gguf
 
 CHANGES = 300
 

@@ -17,13 +17,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import hostile_gguf
 import numpy as np
 import pytest
-from hostile import DEEP, edited, reheader, safetensors, tiny_gguf
-from models import tiny_checkpoint
-from synthetic import make_plan, make_stats
 
+import hostile_gguf
 from gguftool import cli
 from gguftool.errors import GgufToolError
 from gguftool.gguf_file import GgufFile
@@ -35,6 +32,9 @@ from gguftool.recipe import Recipe
 from gguftool.sensitivity import Conditions, LayerCost, Sensitivity
 from gguftool.stats import CalibrationStats
 from gguftool.stored import stored_tensors
+from hostile import DEEP, edited, reheader, safetensors, tiny_gguf
+from models import tiny_checkpoint
+from synthetic import make_plan, make_stats
 
 GIB = 1 << 30
 tried: list[str] = []
@@ -117,7 +117,9 @@ def refuses(name: str, arguments: list[str | Path], inputs: Path, monkeypatch, c
     errors = [line for line in said if line.startswith("error: ")]
     assert len(errors) == 1 and said[-1] == errors[0], said
     assert errors[0].isprintable() and 20 < len(errors[0]) < 1100, errors
-    assert not any(word in errors[0] for word in ("Traceback", "MemoryError", "Unable to allocate", "GGUFTOOL_TRACEBACK"))
+    assert not any(
+        word in errors[0] for word in ("Traceback", "MemoryError", "Unable to allocate", "GGUFTOOL_TRACEBACK")
+    )
     # What calibrate would go on from may stay, but no output and no part of one.
     left = {path.name for path in out.iterdir()} - {"x.work"}
     assert not left and {path: text for path, text in hashes(inputs).items() if "x.work" not in path} == before
@@ -209,11 +211,18 @@ PLANS: dict[str, Callable[[dict], object]] = {
     "a note that is a number": _more(notes=[1]),
 }
 PLAN_TEXTS = {
-    "empty": b"", "not JSON": b"{", "a list": b"[]", "null": b"null", "a number of 5000 digits": b"1" * 5000,
-    "not UTF-8": b"\xff\xfe{}", "nested 100000 deep": DEEP.encode(), "an object nested 100000 deep": b'{"a":' * 100_000,
-    "NaN": b'{"format": NaN}', "a name twice": b'{"format": "gguftool.plan", "format": "gguftool.plan"}',
+    "empty": b"",
+    "not JSON": b"{",
+    "a list": b"[]",
+    "null": b"null",
+    "a number of 5000 digits": b"1" * 5000,
+    "not UTF-8": b"\xff\xfe{}",
+    "nested 100000 deep": DEEP.encode(),
+    "an object nested 100000 deep": b'{"a":' * 100_000,
+    "NaN": b'{"format": NaN}',
+    "a name twice": b'{"format": "gguftool.plan", "format": "gguftool.plan"}',
     "binary": bytes(range(256)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [*PLANS, *PLAN_TEXTS])
@@ -295,16 +304,23 @@ HEADERS: dict[str, Callable[[dict, str], object]] = {
     "a shape of -1 and -1": lambda header, name: header[name].update(shape=[-1, -1]),
     "a shape whose product overflows": lambda header, name: header[name].update(shape=[2**33, 2**33]),
     "a type that there is not": lambda header, name: header[name].update(dtype="F13"),
-    "another type of the same size": lambda header, name: header[name].update(dtype="I64" if header[name]["dtype"] == "F64" else "I32"),
+    "another type of the same size": lambda header, name: header[name].update(
+        dtype="I64" if header[name]["dtype"] == "F64" else "I32"
+    ),
     "a tensor missing": lambda header, name: header.pop(name),
     "two tensors at one place": lambda header, name: header.update(twin=header[name]),
-}  # fmt: skip
+}
 RAW = {
-    "empty": (b"", None), "a length of 2^63": (b"{}", 2**63), "a length of 2^64 - 1": (b"{}", 2**64 - 1),
-    "a length beyond the file": (b"{}", 1000), "a length of 0": (b"", 0), "a header that is a list": (b"[]", None),
-    "a header that is no JSON": (b"{{{{", None), "a header nested 100000 deep": (DEEP.encode(), None),
+    "empty": (b"", None),
+    "a length of 2^63": (b"{}", 2**63),
+    "a length of 2^64 - 1": (b"{}", 2**64 - 1),
+    "a length beyond the file": (b"{}", 1000),
+    "a length of 0": (b"", 0),
+    "a header that is a list": (b"[]", None),
+    "a header that is no JSON": (b"{{{{", None),
+    "a header nested 100000 deep": (DEEP.encode(), None),
     "a header not in UTF-8": (b"\xff\xff", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [*STATS, *HEADERS, *RAW, "NaN", "-Inf", "fewer than no tokens"])
@@ -322,7 +338,11 @@ def test_stats(name, sound, tmp_path, monkeypatch, capsys):
         value = {"NaN": np.nan, "-Inf": -np.inf}.get(name, -1.0)
         stats.experts[field][0, 0, :2] = value, 2 * stats.experts[field][0, 0, :2].sum() - value
         stats.save(bad)
-    for command in (["plan", bad, "--ratio", "0.5", "-o", "OUT/x"], ["stats", "show", bad], ["stats", "merge", bad, bad, "-o", "OUT/x"]):
+    for command in (
+        ["plan", bad, "--ratio", "0.5", "-o", "OUT/x"],
+        ["stats", "show", bad],
+        ["stats", "merge", bad, bad, "-o", "OUT/x"],
+    ):
         refuses(name, command, tmp_path, monkeypatch, capsys)
 
 
@@ -389,7 +409,13 @@ def test_layers(name, sound, tmp_path, monkeypatch, capsys):
         bad.write_bytes(PLAN_TEXTS[name])
     else:
         edited(sound / "layers.json", bad, LAYERS.get(name, _cost(kld=float("nan"))))
-    refuses(name, ["plan", sound / "stats.safetensors", "--ratio", "0.5", "--layers", bad, "-o", "OUT/x"], tmp_path, monkeypatch, capsys)
+    refuses(
+        name,
+        ["plan", sound / "stats.safetensors", "--ratio", "0.5", "--layers", bad, "-o", "OUT/x"],
+        tmp_path,
+        monkeypatch,
+        capsys,
+    )
 
 
 TEXTS: dict[str, tuple[str, bytes]] = {
@@ -448,9 +474,20 @@ def _shard(change: Callable[[dict, str], object]) -> Callable[[Path], object]:
 
 
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
-    **{f"config.json: {name}": _bytes("config.json", raw) for name, raw in PLAN_TEXTS.items() if "NaN" not in name and "twice" not in name},
-    **{f"the shard: {name}": lambda folder, raw=raw: safetensors(folder / "model.safetensors", raw[0], length=raw[1]) for name, raw in RAW.items()},
-    **{f"the shard: {name}": _shard(change) for name, change in HEADERS.items() if "gguftool" not in name and "facts" not in name},
+    **{
+        f"config.json: {name}": _bytes("config.json", raw)
+        for name, raw in PLAN_TEXTS.items()
+        if "NaN" not in name and "twice" not in name
+    },
+    **{
+        f"the shard: {name}": lambda folder, raw=raw: safetensors(folder / "model.safetensors", raw[0], length=raw[1])
+        for name, raw in RAW.items()
+    },
+    **{
+        f"the shard: {name}": _shard(change)
+        for name, change in HEADERS.items()
+        if "gguftool" not in name and "facts" not in name
+    },
     "an unknown family": _config(model_type="\x1b[31mx"),
     "2^40 layers": _config(num_hidden_layers=2**40),
     "1e300 layers": _config(num_hidden_layers=1e300),
@@ -470,7 +507,10 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "no shard": lambda folder: (folder / "model.safetensors").unlink(),
     "config.json is a folder": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
-    "config.json is a link to itself": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").symlink_to("config.json")),
+    "config.json is a link to itself": lambda folder: (
+        (folder / "config.json").unlink(),
+        (folder / "config.json").symlink_to("config.json"),
+    ),
     "an index of no map": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
     "an index that is no JSON": lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
     "an index nested 100000 deep": lambda folder: (folder / "model.safetensors.index.json").write_text(DEEP),
@@ -483,10 +523,14 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "an index that names a shard that is missing": _index(a="model-00001-of-00002.safetensors"),
     "an index that names a tensor that is missing": _index(a="model.safetensors"),
     "a shard that is a link to itself": lambda folder: (
-        (folder / "model.safetensors").unlink(), (folder / "model.safetensors").symlink_to("model.safetensors")),
+        (folder / "model.safetensors").unlink(),
+        (folder / "model.safetensors").symlink_to("model.safetensors"),
+    ),
     "two shards that are links to each other": lambda folder: (
-        (folder / "model.safetensors").unlink(), (folder / "model.safetensors").symlink_to("model-2.safetensors"),
-        (folder / "model-2.safetensors").symlink_to("model.safetensors")),
+        (folder / "model.safetensors").unlink(),
+        (folder / "model.safetensors").symlink_to("model-2.safetensors"),
+        (folder / "model-2.safetensors").symlink_to("model.safetensors"),
+    ),
     "the same shard twice": lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors"),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "a tokenizer that is no JSON": _bytes("tokenizer.json", b"{"),
@@ -495,15 +539,30 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "a tokenizer that is empty": _bytes("tokenizer.json", b""),
     "a tokenizer's settings that are a list": _bytes("tokenizer_config.json", b"[]"),
     "NaN in a weight": lambda folder: reheader(
-        folder / "model.safetensors", folder / "model.safetensors", lambda _: None, lambda data: b"\xff\x7f" * (len(data) // 2)),
-}  # fmt: skip
+        folder / "model.safetensors",
+        folder / "model.safetensors",
+        lambda _: None,
+        lambda data: b"\xff\x7f" * (len(data) // 2),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint(name, sound, tmp_path, monkeypatch, capsys):
     shutil.copytree(sound / "model", tmp_path / "model")
     CHECKPOINTS[name](tmp_path / "model")
-    command = ["calibrate", tmp_path / "model", "--data", sound / "text.txt", "--ctx", "16", "--windows", "1", "-o", "OUT/x"]
+    command = [
+        "calibrate",
+        tmp_path / "model",
+        "--data",
+        sound / "text.txt",
+        "--ctx",
+        "16",
+        "--windows",
+        "1",
+        "-o",
+        "OUT/x",
+    ]
     refuses(name, command, tmp_path, monkeypatch, capsys)
 
 
@@ -532,7 +591,9 @@ def test_truncated_at_every_byte(sound, tmp_path):
         load(sound / name)
 
 
-@pytest.mark.parametrize("kind", ["missing", "a folder", "a link to itself", "a link to nothing", "a pipe", "unreadable"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "a folder", "a link to itself", "a link to nothing", "a pipe", "unreadable"]
+)
 def test_paths(kind, sound, tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad"
     if kind == "a folder":
@@ -549,10 +610,14 @@ def test_paths(kind, sound, tmp_path, monkeypatch, capsys):
             monkeypatch.setattr("io.open", _refusing(open))
     stats, base = sound / "stats.safetensors", sound / "base.gguf"
     for command in (
-        ["inspect", "--check", bad], ["expand", bad, "-o", "OUT/x"], ["prune", base, "--plan", bad, "-o", "OUT/x"],
-        ["prune", base, "--plan", sound / "plan.json", "--weights", bad, "-o", "OUT/x"], ["stats", "show", bad],
-        ["plan", bad, "--ratio", "0.5", "-o", "OUT/x"], ["plan", stats, "--ratio", "0.5", "--layers", bad, "-o", "OUT/x"],
-    ):  # fmt: skip
+        ["inspect", "--check", bad],
+        ["expand", bad, "-o", "OUT/x"],
+        ["prune", base, "--plan", bad, "-o", "OUT/x"],
+        ["prune", base, "--plan", sound / "plan.json", "--weights", bad, "-o", "OUT/x"],
+        ["stats", "show", bad],
+        ["plan", bad, "--ratio", "0.5", "-o", "OUT/x"],
+        ["plan", stats, "--ratio", "0.5", "--layers", bad, "-o", "OUT/x"],
+    ):
         refuses(kind, command, tmp_path, monkeypatch, capsys)
 
 
@@ -578,7 +643,21 @@ def test_the_code_of_a_checkpoint_is_not_run(sound, tmp_path, monkeypatch, capsy
         folder / "tokenizer_config.json", folder / "tokenizer_config.json",
         lambda raw: raw.update(tokenizer_class="C", auto_map={"AutoTokenizer": ["evil.C", "evil.C"]}),
     )  # fmt: skip
-    run(["calibrate", str(folder), "--data", str(sound / "text.txt"), "--ctx", "16", "--windows", "1", "-o", str(tmp_path / "s")], monkeypatch)
+    run(
+        [
+            "calibrate",
+            str(folder),
+            "--data",
+            str(sound / "text.txt"),
+            "--ctx",
+            "16",
+            "--windows",
+            "1",
+            "-o",
+            str(tmp_path / "s"),
+        ],
+        monkeypatch,
+    )
     assert not (tmp_path / "ran").exists() and "wish to run" not in capsys.readouterr().out
 
 
@@ -587,11 +666,42 @@ def test_names_with_blanks_and_letters_of_all_kinds_work(sound, tmp_path, monkey
     shutil.copytree(sound, folder)
     out = folder / "aus gabe [/b].gguf"
     for command in (
-        ["prune", folder / "base.gguf", "--plan", folder / "plan.json", "--weights", folder / "weights.safetensors", "-o", out],
-        ["inspect", "--check", out], ["expand", out, "-o", folder / "é.gguf"], ["stats", "show", folder / "stats.safetensors"],
-        ["plan", folder / "stats.safetensors", "--ratio", "0.5", "--layers", folder / "layers.json", "-o", folder / "ß.json"],
-        ["calibrate", folder / "model", "--data", folder / "text.txt", "--ctx", "16", "--windows", "1", "-o", folder / "ü.safetensors"],
-    ):  # fmt: skip
+        [
+            "prune",
+            folder / "base.gguf",
+            "--plan",
+            folder / "plan.json",
+            "--weights",
+            folder / "weights.safetensors",
+            "-o",
+            out,
+        ],
+        ["inspect", "--check", out],
+        ["expand", out, "-o", folder / "é.gguf"],
+        ["stats", "show", folder / "stats.safetensors"],
+        [
+            "plan",
+            folder / "stats.safetensors",
+            "--ratio",
+            "0.5",
+            "--layers",
+            folder / "layers.json",
+            "-o",
+            folder / "ß.json",
+        ],
+        [
+            "calibrate",
+            folder / "model",
+            "--data",
+            folder / "text.txt",
+            "--ctx",
+            "16",
+            "--windows",
+            "1",
+            "-o",
+            folder / "ü.safetensors",
+        ],
+    ):
         assert run([str(part) for part in command], monkeypatch) == 0, capsys.readouterr().err
 
 
