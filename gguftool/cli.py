@@ -71,7 +71,9 @@ def _fail(text: str) -> int:
 
 def one_line(text: str, most: int = 1000) -> str:
     """`text` as one line that a terminal only prints: names out of a file may hold line ends and control characters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " ").strip())
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " ").strip()
+    )
     return shown if len(shown) <= most else shown[:most] + "…"
 
 

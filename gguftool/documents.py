@@ -180,7 +180,9 @@ def _unpack(packed: bytes, path: Path) -> bytes:
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
         raw = stream.read(most + 1)
     if len(raw) > most:
-        raise GgufToolError(f"{path}: {len(packed)} bytes unpack to more than {most}: no text; unpack it yourself if it is")
+        raise GgufToolError(
+            f"{path}: {len(packed)} bytes unpack to more than {most}: no text; unpack it yourself if it is"
+        )
     return raw
 
 

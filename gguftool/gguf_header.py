@@ -20,7 +20,19 @@ from .errors import GgufToolError
 
 STRING, ARRAY = 8, 9
 # GGUF value type -> its little-endian form; STRING and ARRAY have none.
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 VERSIONS = (2, 3)
 _UINT32 = 4
 _ALIGNMENT = "general.alignment"
@@ -94,7 +106,9 @@ class Header:
             raise self.fail(f"truncated: {self.size} bytes")
         version, n_tensors, n_kv = struct.unpack("<IQQ", self.data[4:24])
         if version & 0xFFFF == 0 and version:
-            raise self.fail("a big-endian GGUF; gguftool reads little-endian ones, gguf-convert-endian turns one into the other")
+            raise self.fail(
+                "a big-endian GGUF; gguftool reads little-endian ones, gguf-convert-endian turns one into the other"
+            )
         if version not in VERSIONS:
             raise self.fail(f"GGUF version {version}; gguftool reads 2 and 3")
         if (n_tensors + n_kv) * _LEAST_ENTRY > self.size:
@@ -106,7 +120,9 @@ class Header:
         """Where the next `size` bytes begin; goes on behind them."""
         start = self.position
         if size > self.size - start:
-            raise self.fail(f"truncated or damaged: {what} at byte {start} wants {size} bytes, the file has {self.size}")
+            raise self.fail(
+                f"truncated or damaged: {what} at byte {start} wants {size} bytes, the file has {self.size}"
+            )
         self.position = start + size
         return start
 
@@ -156,7 +172,9 @@ class Header:
             if name in names:
                 raise self.fail(f"tensor {name!r} is there twice")
             if len(name.encode()) >= _MAX_NAME:
-                raise self.fail(f"the name of tensor {number} has {len(name.encode())} bytes; {_MAX_NAME - 1} are the most")
+                raise self.fail(
+                    f"the name of tensor {number} has {len(name.encode())} bytes; {_MAX_NAME - 1} are the most"
+                )
             names.add(name)
             n_dims = self._number(4, name)
             if n_dims > _MAX_DIMS:

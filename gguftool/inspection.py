@@ -17,6 +17,8 @@ from .layout import STOCK, TIERED, ExpertName, map_name, n_entries, parse, tier_
 from .tensors import BLOCKS, TensorSpec
 
 _CHUNK = 1 << 22
+# llama-hparams.h: LLAMA_MAX_EXPERTS.
+_MOST_EXPERTS = 1024
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _HASH_TABLE = re.compile(r"blk\.(\d+)\.ffn_gate_tid2eid(?:\.weight)?")
 
@@ -166,13 +168,29 @@ def _check_counts(view: Inspection) -> Iterator[str]:
         key = f"{file.arch}.{name}"
         if key in file.keys() and not isinstance(file.value(key), list) and file.entry(key).type.name != "UINT32":
             yield f"{key} is of type {file.entry(key).type.name.lower()}, not uint32"
+    yield from _check_routing(file)
     blocks = file.arch_integer("block_count")
     present = {int(match[1]) for spec in file.tensors if (match := _BLOCK.match(spec.name))}
     wanted = blocks - file.arch_integer("nextn_predict_layers", 0)
     if len(present) < wanted or blocks < 1:
         yield f"the metadata says {blocks} blocks, and {len(present)} have tensors"
+    for spec in file.tensors:
+        if ".ffn_exps_tier." in spec.name and parse(spec.name) is None:
+            yield f"{spec.name} is no tier map of a layer"
     if outside := sorted(index for index in present if index >= blocks):
         yield f"block {outside[0]} has tensors, and the metadata says {blocks} blocks"
+
+
+def _check_routing(file: GgufFile) -> Iterator[str]:
+    """The numbers that llama.cpp asserts (llama-model.cpp, load_hparams): it ends the program where they are wrong."""
+    count, used = file.arch_integer("expert_count", 0), file.arch_integer("expert_used_count", 0)
+    groups, chosen = file.arch_integer("expert_group_count", 0), file.arch_integer("expert_group_used_count", 0)
+    if count > _MOST_EXPERTS:
+        yield f"the metadata says {count} experts; llama.cpp takes {_MOST_EXPERTS} at most"
+    if used > count or (count and used < 1):
+        yield f"the metadata says {used} of {count} experts are used"
+    if (groups > 1 and (count % groups or not 0 < chosen < groups)) or (groups and groups >= count):
+        yield f"the metadata says {chosen} of {groups} groups of {count} experts are used"
 
 
 def _check_tensors(view: Inspection) -> Iterator[str]:
@@ -224,9 +242,7 @@ def _check_complete(index: int, tier: int | None, own: set[str], gated: bool) ->
             yield f"{named(role)} is missing"
 
 
-def _check_shape(
-    layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: int, n_router: int
-) -> Iterator[str]:
+def _check_shape(layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: int, n_router: int) -> Iterator[str]:
     if name.role == "map":
         return
     if name.role == "router":

@@ -155,6 +155,9 @@ class Overrides:
                 raise GgufToolError(f"the weights have layer {layer}, which the plan does not prune")
             if not widths[layer].get(expert):
                 raise GgufToolError(f"the weights have layer {layer}, expert {expert}, which the plan does not keep")
+            path, name = self.places[key]
+            if (kind := self._open(path).get_slice(name).get_dtype()) != "F32":
+                raise GgufToolError(f"{path}: the weights' {name} is {kind}, not F32; make them again")
             width = widths[layer][expert]
             want, have = ((n_embd, width) if role == "down" else (width, n_embd)), self.shape(key)
             if have != want:

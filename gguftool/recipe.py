@@ -61,7 +61,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
             if type(getattr(self, name)) not in kinds:
-                raise GgufToolError(f"the recipe's {name} is {str(getattr(self, name))[:40]!r}, not {kinds[0].__name__}")
+                raise GgufToolError(
+                    f"the recipe's {name} is {str(getattr(self, name))[:40]!r}, not {kinds[0].__name__}"
+                )
         if not isfinite(self.ratio):
             raise GgufToolError(f"--ratio {self.ratio} is not a share from 0 up to, but without, 1")
         if not 0.0 <= self.ratio < 1.0:

@@ -141,6 +141,8 @@ class Sensitivity:
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
         """Reads and checks costs. Raises GgufToolError for a file that is missing, damaged or something else."""
+        if not path.is_file():
+            raise GgufToolError(f"{path}: no such file; `gguftool sensitivity` measures layers")
         try:
             raw = parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -88,7 +88,9 @@ def _read_header(file: Path) -> list[StoredTensor]:
         raise GgufToolError(f"{file}: the shard is missing; download it again") from error
     except (*GARBLED, OSError) as error:
         raise GgufToolError(f"{file}: damaged safetensors header ({first_line(error)}); download it again") from error
-    for first, second in pairwise(sorted((tensor for tensor in found if tensor.nbytes), key=lambda tensor: tensor.offset)):
+    for first, second in pairwise(
+        sorted((tensor for tensor in found if tensor.nbytes), key=lambda tensor: tensor.offset)
+    ):
         if first.offset + first.nbytes > second.offset:
             raise GgufToolError(f"{file}: {first.name} and {second.name} overlap; download it again")
     return found

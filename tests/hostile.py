@@ -59,7 +59,9 @@ def rebuild(source: Path, out: Path, change: Callable[[dict[str, KeyValue], Tens
     return out
 
 
-def resized(spec: TensorSpec, raw: np.ndarray, ne: Sequence[int], kind: str | None = None) -> tuple[TensorSpec, np.ndarray]:
+def resized(
+    spec: TensorSpec, raw: np.ndarray, ne: Sequence[int], kind: str | None = None
+) -> tuple[TensorSpec, np.ndarray]:
     """A tensor with another shape or type, its bytes repeated or cut to fit."""
     new = TensorSpec(spec.name, tuple(ne), kind or spec.type)
     return new, np.resize(raw.reshape(-1), new.nbytes)
@@ -99,7 +101,9 @@ def safetensors(path: Path, header: bytes, data: bytes = b"", length: int | None
     return path
 
 
-def reheader(source: Path, out: Path, change: Callable[[dict], None], data: Callable[[bytes], bytes] = lambda d: d) -> Path:
+def reheader(
+    source: Path, out: Path, change: Callable[[dict], None], data: Callable[[bytes], bytes] = lambda d: d
+) -> Path:
     """A safetensors file with its header changed, and its data."""
     raw = source.read_bytes()
     size = int.from_bytes(raw[:8], "little")

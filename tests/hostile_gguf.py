@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType as V
-from hostile import ARCH, N_EMBD, N_EXPERT, Tensors, entry, kv, raw_gguf, rebuild, resized, string
 
 from gguftool.gguf_file import KeyValue
 from gguftool.tensors import TensorSpec
+from hostile import ARCH, N_EMBD, N_EXPERT, Tensors, entry, kv, raw_gguf, rebuild, resized, string
 
 MAP = "blk.0.ffn_exps_tier.weight"
 UP, DOWN = "blk.0.ffn_up_exps.1.weight", "blk.0.ffn_down_exps.1.weight"
