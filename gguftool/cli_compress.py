@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 # Where the option's variable is not called as the recipe's key.
-_KEYS = {"n_ctx": "ctx"}
+_KEYS = {"n_ctx": "ctx", "budget": "fit"}
 
 
 @click.command()
@@ -116,6 +116,8 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
     given = {_KEYS.get(key, key): value for key, value in given.items()}
     recipe = replace(recipe or RunRecipe(), **given)
     for key, option in (("model", "MODEL"), ("data", "--data"), ("eval", "--eval"), ("ratio", "--ratio or --keep")):
+        if key == "ratio" and recipe.fit is not None:
+            continue  # it is what is to be found
         if not getattr(recipe, key) and getattr(recipe, key) != 0:
             raise click.UsageError(f"give {option}, or a --recipe that has it")
     return recipe

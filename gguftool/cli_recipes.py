@@ -62,7 +62,7 @@ def verify(folder: Path, fast: bool, scratch: Path | None, as_json: bool, quiet:
     how = "as they were made" if fast else "made again, byte for byte the same"
     terminal.show(facts | {"failures": list(was.failures)}, *([] if found else [f"{len(was.files)} files {how}"]))
     if found:
-        raise GgufToolError(f"{folder}: {len(found)} differences:\n" + "\n".join(f"  {line}" for line in found))
+        raise GgufToolError(f"{folder}: differences: {len(found)}\n" + "\n".join(f"  {line}" for line in found))
     if was.failures:
         raise GgufToolError(
             f"{folder}: the files are what was made, but that run was not done: {'; '.join(was.failures)}"
@@ -81,4 +81,6 @@ def _again(folder: Path, scratch: Path | None, terminal: Terminal) -> list[str]:
     if not found and scratch is None:
         shutil.rmtree(place)
     made = load(folder / NAME).made
-    return [*found, *(other_conditions(made) if found and made else ())]
+    for line in other_conditions(made) if found and made else ():
+        terminal.say(f"note: {line}")
+    return found

@@ -234,7 +234,7 @@ def load(path: Path) -> RunRecipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GgufToolError(f"{path}: not a recipe file ({error})") from error
-    return loads(text, path.resolve().parent, str(path))
+    return loads(text, path.absolute().parent, str(path))
 
 
 def shipped() -> dict[str, Path]:
@@ -255,7 +255,10 @@ def find(name: str) -> Path:
 
 
 def dumps(recipe: RunRecipe) -> str:
-    """The recipe as TOML, every value that is not open written out, paths made absolute."""
+    """The recipe as TOML, every value that is not open written out, paths made absolute.
+
+    Links stay links: a model is called by its folder's name, a text by its file's, and those names are in the outputs.
+    """
     lines = [f"{one.name} = {_toml(value)}" for one in fields(recipe) if _is_named(value := getattr(recipe, one.name))]
     if recipe.made is not None:
         made = vars(recipe.made)
@@ -280,12 +283,12 @@ def _toml(value: Any) -> str:
     if isinstance(value, Source):
         value = spell(value if value.hub and not Path(value.place).is_dir() else _absolute(value))
     # JSON's strings are TOML's, but for the one control character that JSON leaves as it is.
-    text = str(value.resolve()) if isinstance(value, Path) else value
+    text = str(value.absolute()) if isinstance(value, Path) else value
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _absolute(source: Source) -> Source:
-    return replace(source, place=str(Path(source.place).resolve()))
+    return replace(source, place=str(Path(source.place).absolute()))
 
 
 def save(recipe: RunRecipe, path: Path, head: str = "") -> None:

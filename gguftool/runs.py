@@ -129,7 +129,7 @@ def fingerprint_of(recipe: RunRecipe) -> str:
 
 def texts_of(recipe: RunRecipe) -> list[Path]:
     """The files among the recipe's texts, absolute, each once."""
-    return list(dict.fromkeys(path.resolve() for path in (*files(recipe.data), *recipe.eval)))
+    return list(dict.fromkeys(path.absolute() for path in (*files(recipe.data), *recipe.eval)))
 
 
 def what_it_met(recipe: RunRecipe, job: Job, made: Produced) -> Made:

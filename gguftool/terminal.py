@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .live import View, shown
 
-Report = Callable[[int, int, str], None]
+Update = Callable[[int, int, str], None]
 Watch = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -56,7 +56,7 @@ class Terminal:
             self.out.print(table, highlight=False, markup=False) if isinstance(table, str) else self.out.print(table)
 
     @contextmanager
-    def progress(self) -> Iterator[Report]:
+    def progress(self) -> Iterator[Update]:
         """A bar with time left and memory on stderr, fed by (done, total, text); a line a phase where there is no terminal."""
         if not self.err.is_terminal:
             yield self._lines()
@@ -74,7 +74,7 @@ class Terminal:
             yield update
 
     @contextmanager
-    def live(self, title: str, quant: str | None) -> Iterator[tuple[Report, Watch]]:
+    def live(self, title: str, quant: str | None) -> Iterator[tuple[Update, Watch]]:
         """The live view of a run on stderr: gives what takes (done, total, text) and what is told of steps and measurements.
 
         Where stderr is no terminal, or --quiet, it is `progress`: plain lines, or none.
@@ -87,7 +87,7 @@ class Terminal:
         with shown(view, self.err):
             yield view.progress, view.watch
 
-    def _lines(self) -> Report:
+    def _lines(self) -> Update:
         seen = [-1, -1]
 
         def update(done: int, total: int, text: str) -> None:

@@ -65,6 +65,10 @@ def test_relative_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     assert load(tmp_path / "copy.toml") == found
     assert (tmp_path / "copy.toml").read_text().startswith("# what it is\n# in two lines\n")
     assert not list(tmp_path.glob("*.partial"))
+    # A link's own name is the name of a model and of a text, and stands in the outputs.
+    (tmp_path / "link.txt").symlink_to(folder / "code.txt")
+    linked = RunRecipe(model=tmp_path / "link.txt", data=(Source("link.txt"),), eval=(Path("link.txt"),))
+    assert dumps(linked).count(f'"{tmp_path}/link.txt"') == 3
 
 
 @pytest.mark.parametrize(
