@@ -17,7 +17,7 @@ from gguftool.methods import METHODS, Method, check_options
 from gguftool.recipe import Recipe
 from gguftool.saliency import EXPERT_CRITERIA, NEURON_CRITERIA, Criterion
 
-_REGION = re.compile(r"(<!-- generated: (\w+)(?: (.+?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_REGION = re.compile(r"(<!-- generated: (\w+)(?: ([^\n>]+?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RATIOS = ("25 %", "40 %", "50 %")
 # Options that some methods refuse, each with a value that it can have.
 OPTIONS: dict[str, dict[str, object]] = {

@@ -120,6 +120,16 @@ def test_what_is_generated_is_renewed():
     new = docfacts.renewed(text)
     assert "\nold" not in new and r"`mean \|\|f\|\|`" in new and new.startswith("a\n") and new.endswith("\nb")
     assert docfacts.renewed(new) == new
+    short = docfacts.renewed("<!-- generated: methods -->\n<!-- end -->\n")
+    assert short.count("<!-- end -->") == 1 and short.endswith(
+        "(random-slices.md) | control: one budget of slices at random | control | tiered |\n\n<!-- end -->\n"
+    )
+
+
+def test_everything_that_can_be_generated_stands_somewhere():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in NAMES.values())
+    assert set(re.findall(r"^<!-- generated: (\w+)", text, re.MULTILINE)) == set(docfacts.KINDS)
+    assert text.count("<!-- generated: ") == text.count("<!-- end -->")
 
 
 def test_every_method_has_a_page_that_plans_by_it():
