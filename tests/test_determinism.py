@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gguftool.convert import convert
+from gguftool.refit import solve
 from gguftool.stats import CalibrationStats
 from models import sample_text, tiny_checkpoint
 
@@ -110,3 +112,19 @@ def test_the_quantizers_threads_change_nothing(made, runtime, tmp_path):
         quantize(made["first"].parent / "base.gguf", "Q8_0", tmp_path / f"{threads}.gguf", tools=tools, imatrix=stats)
     assert len({digest(path) for path in tmp_path.glob("*.gguf")}) == 1
     assert digest(tmp_path / "1.gguf") == digest(made["first"] / "q8.gguf")
+
+
+def test_refitted_columns_across_thread_counts():
+    """LAPACK takes a matrix of 256 apart otherwise for two threads than for one: rounding of float64, far below what is kept."""
+    rng = np.random.default_rng(0)
+    width = 256
+    h = torch.from_numpy(np.abs(rng.standard_normal((2 * width, width))))
+    down = torch.from_numpy(rng.standard_normal((64, width))).float()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(solve(down, (h.T @ h).float(), np.arange(0, width, 2), 10 * width))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)

@@ -293,7 +293,7 @@ def test_killed_at_any_moment_the_next_run_ends_the_same(stages_killed, what, fa
         return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != ".lock"}
 
     want = everything(root / what / "whole")
-    assert len(want) == (10 if what == "compress" else 1) and facts[what]["calls"] > 30, want.keys()
+    assert len(want) >= (10 if what == "compress" else 1) and facts[what]["calls"] > 30, want.keys()
     with fault(len(facts[what]["moments"])):
         for moment in facts[what]["moments"]:
             got = everything(root / what / f"at-{moment}")
