@@ -198,3 +198,30 @@ def write(name: str, tiered: Path, out: Path) -> Path:
         entries, tensors, more = HEADERS[name]
         return raw_gguf(out, entries, tensors, **more)
     return rebuild(tiered, out, (STRUCTURE | STRICTER)[name])
+
+
+# What the refusal of a header says: a later guard may refuse the file too, but not with these words.
+SAYS = {
+    "version 1": "version 1;", "version 99": "version 99;", "version 0": "version 0;", "big-endian": "big-endian",
+    "2^60 tensors": "claims 1152921504606846976 tensors", "2^64 - 1 keys": "18446744073709551615 keys",
+    "more tensors than entries": "tensor '' is there twice", "more keys than entries": "key 1 has no name",
+    "a key's name of 2^63 bytes": "wants 9223372036854775808 bytes",
+    "a key's name of 2^64 - 1 bytes": "wants 18446744073709551615 bytes",
+    "a string of 2^62 bytes": "wants 4611686018427387904 bytes", "an array of 2^60 bytes": "wants 1152921504606846976 bytes",
+    "an array of 2^61 numbers": "wants 18446744073709551616 bytes", "an array of 2^61 strings": "claims 2305843009213693952 strings",
+    "an array of as many strings as bytes": "claims 300 strings", "an array of arrays": "type 9",
+    "a type of value that there is not": "type 13", "a key without a name": "key 1 has no name",
+    "a key twice": "'general.architecture' is there twice", "a key's name not in UTF-8": "is no UTF-8",
+    "the architecture not in UTF-8": "cannot be read", "no architecture": "no general.architecture",
+    "an alignment of 0": "no power of two", "an alignment of 3": "no power of two", "an alignment of 64 bits": "no power of two",
+    "an alignment beyond the file": "outside the file", "a tensor twice": "'token_embd.weight' is there twice",
+    "a tensor's name of 64 bytes": "63 are the most", "a tensor's name of 2^63 bytes": "wants 9223372036854775808 bytes",
+    "a tensor's name not in UTF-8": "is no UTF-8", "5 dimensions": "has 5 dimensions",
+    "2^32 - 1 dimensions": "has 4294967295 dimensions", "a dimension of 0": "impossible number",
+    "a dimension of 2^63": "impossible number", "dimensions whose product overflows": "impossible number",
+    "dimensions whose product overflows to 8": "impossible number", "bytes that overflow": "outside the file",
+    "type 99": "type 99", "a type that llama.cpp has given up": "type 4", "half a block": "do not divide",
+    "an offset of 2^64 - 32": "is at offset 18446744073709551584", "an offset that is not aligned": "is at offset 4 ",
+    "a gap between tensors": "is at offset 64 ", "tensors that overlap": "is at offset 0 ",
+    "a tensor behind the end": "outside the file", "a name that sends codes to the terminal": "\\x1b[2J",
+}  # fmt: skip

@@ -134,7 +134,8 @@ GGUF = [*hostile_gguf.HEADERS, *hostile_gguf.STRUCTURE, *hostile_gguf.STRICTER]
 @pytest.mark.parametrize("name", GGUF)
 def test_gguf(name, sound, tmp_path, monkeypatch, capsys):
     bad = hostile_gguf.write(name, sound / "tiered.gguf", tmp_path / "bad.gguf")
-    refuses(name, ["inspect", "--check", bad], tmp_path, monkeypatch, capsys)
+    said = refuses(name, ["inspect", "--check", bad], tmp_path, monkeypatch, capsys)
+    assert hostile_gguf.SAYS.get(name, "") in said
 
 
 @pytest.mark.parametrize("name", [*hostile_gguf.HEADERS, "a tier map of more tiers", "tiers without a map"])
