@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ def calibrate(
     from .calibrate import calibrate as run
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
+    from .durable import held
     from .gguf_file import check_output
     from .gguf_model import is_gguf
     from .inventory import model_facts
@@ -79,9 +81,10 @@ def calibrate(
     silent = process_rank() > 0
     terminal = make_terminal(as_json, quiet or silent)
     scratch = out.with_name(out.name + ".work")
-    with joined(device) as ranks:
+    with joined(device) as ranks, ExitStack() as locks:
         with ranks.together():
             if not silent and not dry_run:
+                locks.enter_context(held(scratch))
                 clear_leftovers(scratch, out)
             check_output(out, force or dry_run, *files(data))
             chosen = parse_part(part) if part is not None else None
@@ -123,6 +126,7 @@ def _calibrate_gguf(
     device: str, dtype: str, memory: str | None, dry_run: bool, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     from .corpus import load_domains
+    from .durable import held
     from .gguf_calibrate import calibrate_gguf
     from .gguf_file import check_output
     from .memory import parse_bytes
@@ -144,10 +148,10 @@ def _calibrate_gguf(
     if dry_run:
         _show_dry(terminal, out, domains, opened.facts(), obs, "llama.cpp on the CPU, in the file's own types")
         return
-    with terminal.progress() as progress:
+    scratch = out.with_name(out.name + ".work")
+    with held(scratch), terminal.progress() as progress:
         stats = calibrate_gguf(
-            opened, domains, out.with_name(out.name + ".work"), llama=llama, obs=None if obs else False, memory=limit,
-            progress=progress, out=out,
+            opened, domains, scratch, llama=llama, obs=None if obs else False, memory=limit, progress=progress, out=out,
         )  # fmt: skip
     _show(terminal, stats, out)
 

@@ -126,13 +126,22 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
 @click.command()
 @click.option("-o", "out", type=FILE, default=Path("demo-out"), show_default=True, help="Folder for everything.")
 @click.option("--eval-windows", default=24, show_default=True, help="Windows of each evaluation text.")
+@click.option("--unpack", is_flag=True, help="Only write the built-in model and its texts, to try the commands on.")
 @backend_option
 @output_options
-def demo(out: Path, eval_windows: int, backend: str, as_json: bool, quiet: bool) -> None:
-    """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain."""
+def demo(out: Path, eval_windows: int, unpack: bool, backend: str, as_json: bool, quiet: bool) -> None:
+    """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain.
+
+    `gguftool demo --unpack -o .` only writes the model and its texts into this folder.
+    """
     from .demo import run
+    from .demo import unpack as run_unpack
 
     terminal = make_terminal(as_json, quiet)
+    if unpack:
+        written = [str(path) for path in run_unpack(out)]
+        terminal.show({"written": written}, *written)
+        return
     found, llama = load_runtime(backend)
     with terminal.progress() as progress:
         report = run(out, found, llama, eval_windows, progress, terminal.say)

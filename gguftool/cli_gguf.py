@@ -154,21 +154,30 @@ def _show_dry(terminal: Terminal, out: Path, tensors: list[TensorSpec], what: st
 @click.command()
 @click.argument("path", type=FILE)
 @click.option("--experts", is_flag=True, help="Print the width of every expert.")
-@click.option("--check", is_flag=True, help="Read everything and refuse what is wrong.")
+@click.option("--check", is_flag=True, help="Read everything, let llama.cpp load it, and refuse what is wrong.")
 @output_options
 def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) -> None:
     """Show what a GGUF holds, expert by expert."""
     from .gguf_file import GgufFile
     from .inspection import check as find_faults
     from .inspection import inspect as run
+    from .loading import refusals
     from .report import inspection_tables
+    from .runtime import find
 
     terminal = make_terminal(as_json, quiet)
     view = run(GgufFile(path))
     faults = find_faults(view) if check else []
+    runtime = find() if check else None
+    if runtime is not None and not faults:
+        faults = [f"llama.cpp does not load it: {why}" for why in refusals(runtime, [path]) if why is not None]
     facts = view.as_dict() | ({"faults": faults} if check else {})
     terminal.show(facts, *inspection_tables(facts, experts))
     if faults:
-        raise GgufToolError(f"{path}: {len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+        lines = [] if as_json else [f"fault: {fault}" for fault in faults]
+        terminal.show({}, *lines) if lines else None
+        raise GgufToolError(f"{path}: {len(faults)} faults, the first: {faults[0]}")
     if check and not as_json:
         terminal.show({}, "checked: no fault found")
+        if runtime is None:
+            terminal.say("note: llama.cpp was not asked to load it; `gguftool runtime build` builds it")

@@ -57,6 +57,7 @@ def refit(
     """
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
+    from .durable import held
     from .gguf_file import check_output
     from .gguf_model import is_gguf, open_gguf
     from .loader import usable_device
@@ -70,6 +71,7 @@ def refit(
 
     scratch = out.with_name(out.name + ".work")
     if not dry_run:
+        click.get_current_context().with_resource(held(scratch))
         clear_leftovers(scratch, out)
     check_output(out, force or dry_run, plan_path, *files(data))
     terminal = make_terminal(as_json, quiet)

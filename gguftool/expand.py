@@ -55,7 +55,7 @@ def expand(source: Path, out: Path, *, force: bool = False, progress: Progress |
         tiers = found.stacks.get(spec.name)
         return found.file.raw(spec) if tiers is None else _pad(found.file, spec, tiers, found.pruned.n_ff_exp)
 
-    write_gguf(out, found.file.arch, found.entries, found.tensors, produce, progress)
+    write_gguf(out, found.file.arch, found.entries, found.tensors, produce, progress, found.file)
     return found.notes
 
 

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .durable import write_text
 from .plan import PrunePlan
 from .tensors import TensorSpec
 
@@ -72,9 +73,7 @@ class Report:
             ("report.json", json.dumps(self.as_dict(), indent=1) + "\n"),
             ("report.md", self.markdown()),
         ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+            write_text(folder / name, text)
 
     def _cells(self, short: bool) -> tuple[list[str], list[list[str]]]:
         """Head and rows; `short` leaves out what a terminal has no room for."""

