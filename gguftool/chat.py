@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,35 @@ FIXED_DAY = (
     '{%- macro strftime_now(format) -%}{%- if format.startswith("%Y-") -%}2025-01-01{%- else -%}01 Jan 2025{%- endif -%}'
     "{%- endmacro %}\n"
 )
+
+# A conversation takes a template milliseconds.
+SECONDS = 30.0
+
+
+class _TooLong(BaseException):
+    """Raised in the middle of a template; not an Exception, which what the template calls might catch."""
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises _TooLong in a block that takes longer. The sandbox of templates bounds a loop, not loops within loops.
+
+    Nothing is bounded where there is no such alarm: on Windows, and outside of the main thread.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Chats(Protocol):
@@ -66,7 +97,10 @@ class ChatTemplate:
         if "strftime_now" in source:
             source = FIXED_DAY + source
         try:
-            rendered, _ = render_jinja_template([list(messages)], tools=tools, chat_template=source, **self.special)
+            with _limited(SECONDS):
+                rendered, _ = render_jinja_template([list(messages)], tools=tools, chat_template=source, **self.special)
+        except _TooLong as error:
+            raise GgufToolError(f"{where}: the chat template ran longer than {SECONDS:g} s") from error
         except (TemplateError, *GARBLED) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise GgufToolError(f"{where}: the chat template refuses the conversation ({reason})") from error

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from .architectures import Architecture, for_model_type
+from .durable import check_unchanged, identity
 from .errors import GgufToolError
 from .stored import StoredTensor, dequantize_mxfp4, first_line, map_tensor, pieces, stored_tensors
 from .strict_json import parse
@@ -61,6 +62,7 @@ class Checkpoint:
         path: its directory. name: the directory's name, or the last part of the hub id.
         tensors: by name, in the order in which llama.cpp's converter meets them.
         fingerprint: sha256 over config.json and name, type, shape and ten pieces of 4 KiB of every tensor.
+        files: what its files were when it was opened, for `check_unchanged`.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, StoredTensor]
     fingerprint: str
+    files: Mapping[Path, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
@@ -228,6 +231,10 @@ class Checkpoint:
             raise GgufToolError(f"{self.path}: its tokenizer cannot be loaded (no tokenizer.json)")
         return tokenizer
 
+    def check_unchanged(self) -> None:
+        """Raises GgufToolError where a file was written to or replaced since the checkpoint was opened."""
+        check_unchanged(self.files)
+
     def read_source(self, source: Source) -> Tensor:
         """The values of a piece, [rows, columns] or what the tensor is."""
         values = self.read(source.tensor.name)
@@ -292,17 +299,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except Exception as error:  # of many kinds, transformers' and huggingface_hub's own among them
         raise GgufToolError(f"{directory}: config.json is refused by transformers ({first_line(error)})") from error
     name = Path(path).resolve().name if Path(path).is_dir() else str(path).rpartition("/")[2]
-    checkpoint = Checkpoint(directory, name, config, architecture, tensors, _fingerprint(raw, tensors))
+    files = {file: identity(file) for file in (directory / "config.json", *{t.file for t in tensors.values()})}
+    checkpoint = Checkpoint(directory, name, config, architecture, tensors, _fingerprint(raw, tensors), files)
     _check_experts(checkpoint)
     return checkpoint
 
 
-def lacks_predictors(directory: Path) -> bool:
+def lacks_predictors(checkpoint: Checkpoint) -> bool:
     """Whether the family's converter asks for layers of multi-token prediction that this checkpoint was stripped of."""
-    try:
-        checkpoint = open_checkpoint(directory)
-    except GgufToolError:
-        return False  # the converter knows more families, and says what is wrong itself
     return checkpoint.architecture.predictors == "kept" and not checkpoint.n_predict
 
 

@@ -15,8 +15,10 @@ from . import (
     cli_bench,
     cli_calibrate,
     cli_compress,
+    cli_doctor,
     cli_gguf,
     cli_plan,
+    cli_recipes,
     cli_refit,
     cli_runtime,
     cli_sensitivity,
@@ -24,6 +26,7 @@ from . import (
     cli_sweep,
     cli_validate,
 )
+from .cli_examples import add_examples
 from .errors import GgufToolError
 from .processes import process_count, process_rank
 
@@ -90,11 +93,13 @@ def cli(context: click.Context) -> None:
 
 
 for _command in (
-    cli_compress.compress, cli_compress.demo,
+    cli_compress.compress, cli_recipes.recipes, cli_recipes.verify, cli_compress.demo,
     cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.architectures, cli_plan.methods, cli_plan.plan,
     cli_refit.refit, cli_refit.dern,
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,
     cli_sensitivity.sensitivity, cli_sweep.sweep,
     cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench,
+    cli_doctor.doctor, cli_doctor.completion,
 ):  # fmt: skip
     cli.add_command(_command)
+add_examples(cli)

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 from . import builtin
-from .gguf_file import Progress
+from .errors import GgufToolError
+from .gguf_file import Progress, replacing
 from .pipeline import Built, build, judge, quantize_base
 from .prepare import Job, prepare
 from .recipe import Recipe
@@ -20,11 +21,30 @@ PRUNE_THEN_QUANTIZE = ("Q8_0", "Q4_K_M")
 QUANTIZE_ONLY = ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 
 
+MODEL = "Builtin-7M"
+
+
+def unpack(out: Path) -> list[Path]:
+    """Writes the built-in model and its texts into the folder `out` and returns what was written, the model first.
+
+    Raises GgufToolError where a text of that name is there already and is another.
+    """
+    written = [builtin.unpack(out / MODEL)]
+    for source in builtin.texts().values():
+        text, path = source.read_bytes(), out / source.name
+        if path.exists() and path.read_bytes() != text:
+            raise GgufToolError(f"{path} exists and is not the built-in text; choose another folder or move it")
+        with replacing(path) as partial:
+            partial.write_bytes(text)
+        written.append(path)
+    return written
+
+
 def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say) -> Report:
     """Calibrates on code, judges on code and on prose, and puts quantization alone beside it."""
     texts = builtin.texts()
     job = Job(
-        model=builtin.unpack(out / "Builtin-7M"),
+        model=builtin.unpack(out / MODEL),
         calibration=[texts["calib_code"]],
         evaluation=[texts["eval_code"], texts["eval_prose"]],
         runtime=runtime,

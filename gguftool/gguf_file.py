@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import check_unchanged, identity, replacing
 from .errors import GgufToolError
 from .gguf_header import Entry, Header
 from .layout import full_shape
@@ -46,6 +47,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         """Raises GgufToolError for a file that is missing, truncated, hostile or no GGUF."""
         self.path = path
+        self._identity = identity(path)
         self._header = Header(path)
         self._offsets: dict[str, int] = {}
         self._end = 0
@@ -71,6 +73,10 @@ class GgufFile:
         """Raises GgufToolError for a shard of a split model, which has some of the tensors only."""
         if self.integer("split.count", 0) > 1:
             raise GgufToolError(f"{self.path}: one shard of a split model; join it with llama-gguf-split --merge first")
+
+    def check_unchanged(self) -> None:
+        """Raises GgufToolError where the file was written to or replaced since it was opened: what was read may be of both."""
+        check_unchanged({self.path: self._identity})
 
     @property
     def arch(self) -> str:
@@ -146,10 +152,11 @@ def write_gguf(
     tensors: Iterable[TensorSpec],
     produce: Callable[[TensorSpec], Bytes],
     progress: Progress | None = None,
+    source: GgufFile | None = None,
 ) -> None:
     """Streams a GGUF: the header first, then every tensor as `produce` gives it (the shape that GgufFile.raw has).
 
-    The finished file is opened and checked before it takes its name.
+    The finished file is opened and checked before it takes its name; `source`, which it is made from, must be what it was.
 
     Raises GgufToolError where the disk is too small, the metadata cannot be written, or `produce` gives something else
     than was announced.
@@ -165,13 +172,25 @@ def write_gguf(
                 data = produce(spec)
                 if data.nbytes != spec.nbytes:
                     raise GgufToolError(f"{spec.name}: {data.nbytes} bytes were made, {spec.nbytes} announced")
-                writer.write_tensor_data(np.ascontiguousarray(data))
+                _write_data(writer, np.ascontiguousarray(data))
                 done += spec.padded_bytes
                 if progress:
                     progress(done, total, spec.name)
         finally:
             writer.close()
         GgufFile(partial)
+        if source is not None:
+            source.check_unchanged()
+
+
+def _write_data(writer: gguf.GGUFWriter, data: Bytes) -> None:
+    try:
+        writer.write_tensor_data(data)
+    except OSError as error:
+        if error.errno is None and writer.fout:
+            # numpy only counts what it could not write. The system says why when it is asked again.
+            os.write(writer.fout[0].fileno(), data.reshape(-1)[:1].tobytes())
+        raise
 
 
 def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[TensorSpec]) -> int:
@@ -207,18 +226,6 @@ def _announce(path: Path, arch: str, entries: Mapping[str, KeyValue], specs: lis
             raise
         raise GgufToolError(f"a GGUF header cannot be written: {error}") from error  # gguf-py raises what struct raises
     return writer
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """Gives `out`.partial to write to; it becomes `out` when all went well and is removed when not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .durable import note_saved, settle
+from .durable import note_saved, replacing
 from .errors import GgufToolError
 from .plan import PrunePlan
 from .strict_json import GARBLED, parse, text
@@ -214,24 +214,21 @@ def writing(
         most |= _entry(key, shape, end)
         end += 4 * prod(shape)
     size = -(-(len(_header(origin, (), most)) + notes) // 8) * 8
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as stream:
-            stream.seek(8 + size)
-            writer = Writer(stream)
-            yield writer
-            header = _header(origin, writer.notes, writer.entries)
-            assert len(header) <= size, "more was added than there is room for"
-            stream.seek(0)
-            stream.write(size.to_bytes(8, "little") + header.ljust(size))
-            stream.truncate(8 + size + writer.end)
-        if work_dir is not None:
-            note_saved(work_dir, partial)
-        settle(partial, path)
+        with replacing(path) as partial:
+            with partial.open("wb") as stream:
+                stream.seek(8 + size)
+                writer = Writer(stream)
+                yield writer
+                header = _header(origin, writer.notes, writer.entries)
+                assert len(header) <= size, "more was added than there is room for"
+                stream.seek(0)
+                stream.write(size.to_bytes(8, "little") + header.ljust(size))
+                stream.truncate(8 + size + writer.end)
+            if work_dir is not None:
+                note_saved(work_dir, partial)
     except OSError as error:
         raise GgufToolError(f"{path}: cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _header(origin: Origin, notes: Iterable[str], entries: Mapping[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import write_text
 from .errors import GgufToolError
 from .recipe import Recipe
 from .strict_json import GARBLED, parse, text, whole
@@ -172,10 +173,7 @@ class PrunePlan:
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON, a line an expert."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(dumps(self), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, dumps(self))
 
     @classmethod
     def load(cls, path: Path) -> PrunePlan:

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .durable import write_text
 from .plan import PrunePlan
 from .tensors import TensorSpec
 
@@ -40,6 +41,7 @@ class Report:
         rows: the pruned or quantized models.
         protocol: how it was measured, in words.
         notes: what a reader must know.
+        failures: what cannot be right; the run is not done.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Report:
     rows: Sequence[Row]
     protocol: str
     notes: Sequence[str] = field(default_factory=tuple)
+    failures: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json and --json."""
@@ -61,6 +64,7 @@ class Report:
             ],
             "protocol": self.protocol,
             "notes": list(self.notes),
+            "failures": list(self.failures),
         }
 
     def save(self, folder: Path) -> None:
@@ -69,9 +73,7 @@ class Report:
             ("report.json", json.dumps(self.as_dict(), indent=1) + "\n"),
             ("report.md", self.markdown()),
         ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+            write_text(folder / name, text)
 
     def _cells(self, short: bool) -> tuple[list[str], list[list[str]]]:
         """Head and rows; `short` leaves out what a terminal has no room for."""
@@ -110,7 +112,8 @@ class Report:
         head, rows = self._cells(short=False)
         lines = [f"# {self.model}: what it cost", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         lines += [f"| {' | '.join(cells)} |" for cells in rows]
-        lines += ["", self.protocol, "", *(f"- {note}" for note in self.notes)]
+        wrong = [f"**Not done, this cannot be right:** {failure}" for failure in self.failures]
+        lines += ["", *wrong, self.protocol, "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from .durable import write_text
 from .errors import GgufToolError
 from .methods import keep_layer, slice_criterion, slice_widths
 from .plan import PrunePlan
@@ -135,9 +136,7 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Writes the JSON to `path`, in one step."""
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text(self.dumps(), encoding="utf-8")
-        fresh.replace(path)
+        write_text(path, self.dumps())
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:

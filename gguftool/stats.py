@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .durable import note_saved, settle
+from .durable import note_saved, replacing
 from .errors import GgufToolError
 from .strict_json import GARBLED, parse, text, whole
 from .tensors import TensorSpec, specs_from_json
@@ -151,6 +151,12 @@ class CalibrationStats:
         domains = (Domain("blank", "", 0),) * n_domains
         return cls(model, domains, 0, experts, neurons, np.ones((*shape, model.n_embd)), np.ones(shape[0]))
 
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of the arrays about experts, most of the file."""
+        arrays = [*self.experts.values(), *self.neurons.values(), self.expert_inputs]
+        return sum(array.size * 8 for array in arrays)
+
     def expert(self, name: str) -> Array:
         """An expert accumulator over all domains, [L, E]: the sum, or the maximum for `max_out`."""
         values = self.experts[name]
@@ -212,14 +218,13 @@ class CalibrationStats:
             "n_ctx": self.n_ctx,
             "linear_tokens": self.linear_tokens,
         }
-        partial = path.with_name(path.name + ".partial")
         arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
         try:
-            save_file(arrays, partial, {"gguftool": json.dumps(header)})
-            partial.chmod(0o644)  # safetensors makes files that nobody else may read
-            if work_dir is not None:
-                note_saved(work_dir, partial)
-            settle(partial, path)
+            with replacing(path) as partial:
+                save_file(arrays, partial, {"gguftool": json.dumps(header)})
+                partial.chmod(0o644)  # safetensors makes files that nobody else may read
+                if work_dir is not None:
+                    note_saved(work_dir, partial)
         except (SafetensorError, OSError) as error:
             raise GgufToolError(f"{path}: cannot be written ({error})") from error
 

@@ -20,6 +20,8 @@ DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "B
 # The sixteen 4-bit floats of MXFP4, one sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+# Weights of older checkpoints. Reading a pickle may run what is in it.
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
 PIECES, PIECE_BYTES = 10, 4096
 
@@ -50,6 +52,12 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     else:
         files = sorted(directory.glob("model*.safetensors"))
     if not files:
+        pickled = [path.name for kind in PICKLED for path in sorted(directory.glob(kind))]
+        if pickled:
+            raise GgufToolError(
+                f"{directory}: {pickled[0]} is a pickle, which can run code when it is read; gguftool reads safetensors "
+                "only, into which the model's hub page can convert it"
+            )
         raise GgufToolError(f"{directory}: no model*.safetensors; other formats have to be converted to it first")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
