@@ -260,6 +260,7 @@ def test_what_differs_is_found(run_page):
 def test_a_command_fails_where_the_page_says_so(run_page):
     assert "exit status 3" in run_page(console("$ exit 3"))[0]
     assert run_page(console("$ echo a; exit 3", "a", says="<!-- fails -->")) == []
+    assert run_page(console("$ echo a", "a", "$ exit 3", says="<!-- fails -->")) == []
     assert run_page(console("$ echo a", "a", says="<!-- fails -->"))
     assert run_page(console("$ exit 3", "$ echo a", "a", says="<!-- fails -->"))
 
