@@ -92,6 +92,15 @@ data_option = click.option(
     help=f"Calibration text, once for each domain. {SOURCE_HELP} WEIGHT takes so many times --windows of it.",
 )  # fmt: skip
 
+open_option = click.option("--open", "open_page", is_flag=True, help="Open report.html in the browser.")
+report_options = combined(
+    open_option,
+    click.option(
+        "--no-extras", is_flag=True,
+        help="Report quality only: measure no speed, memory, routing and completions, hash no files.",
+    ),
+)  # fmt: skip
+
 
 def recipe_options(method: str) -> Callable[[Command], Command]:
     """What a recipe is made of; `method` is the default."""
@@ -133,6 +142,13 @@ def make_terminal(as_json: bool = False, quiet: bool = False) -> Terminal:
     from .terminal import Terminal
 
     return Terminal(as_json=as_json, quiet=quiet)
+
+
+def point_to_report(terminal: Terminal, folder: Path, open_page: bool) -> None:
+    """Opens the page of a report, or says where it is."""
+    from .report_files import PAGE, show
+
+    terminal.say(show(folder) if open_page else f"report: {folder / PAGE}")
 
 
 def make_recipe(options: dict[str, Any], target: str | None) -> Recipe:

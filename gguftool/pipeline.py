@@ -15,8 +15,10 @@ from .coverage import coverage
 from .dern import dern, drops_experts
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
+from .extras import Extras, add_extras
 from .gguf_model import GgufModel, is_gguf
 from .gguf_refit import NO_SEQUENTIAL, refit_gguf
+from .journal import Journal
 from .memory import parse_dtype
 from .methods import method
 from .overrides import Overrides
@@ -28,7 +30,9 @@ from .recipe import Recipe
 from .refit import can_refit, refit_memory
 from .refit import refit as refit_weights
 from .report import Report, Row
+from .report_facts import calibrated_facts, expert_facts, model_facts
 from .sequential import refit_sequentially
+from .trial import Tried
 from .workspace import Say, Workspace
 from .writer import prune
 
@@ -186,21 +190,30 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     return Report(model, base.stat().st_size, base_values, rows, protocol, tuple(notes))
 
 
-def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") -> Report:
-    """The whole line for one recipe; the report stands beside the files in `out`."""
+def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", extras: Extras | None = None) -> Report:
+    """The whole line for one recipe; the report stands beside the files in `out`, from the start on (see `journal`)."""
+    with Journal(out, job.model.name) as journal:
+        _compress(job, out, recipe, say, refit, extras or Extras(), journal)
+        return journal.finish()
+
+
+def _compress(job: Job, out: Path, recipe: Recipe, say: Say, refit: str, extras: Extras, journal: Journal) -> None:
     target = recipe.target
     if not job.evaluation:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
     _check_refit(job, recipe, refit)
-    work = Workspace(out, say)
+    work = Workspace(out, say, watch=journal.stage)
     source = prepare(job, work, [recipe])
+    journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built = build(job, work, source, recipe, refit=refit)
     quantized = target is not None and target not in encoding.FLOATS and not source.has_encoding(target)
     rivals = [quantize_base(job, work, source, target)] if target and quantized else []
     assert built.plan is not None
+    journal.learn(experts=expert_facts(source.stats, built.plan))
     notes = [built.plan.formula, *built.plan.notes, *built.notes, *coverage(source.stats).notes()]
     if isinstance(source.model, GgufModel) and source.model.is_quantized:
         notes.append(f"the original here is {source.encoding} itself: what that had cost before is in no number")
-    report = judge(job, source.base, [built, *rivals], source.stats.model.name, notes)
-    report.save(out)
-    return report
+    journal.stage("perplexity and KL divergence")
+    journal.measured(judge(job, source.base, [built, *rivals], source.stats.model.name, notes))
+    tried = [Tried(item.label, item.path, item.plan) for item in (built, *rivals)]
+    add_extras(journal, job, source.base, tried, extras)

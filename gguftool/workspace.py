@@ -23,11 +23,15 @@ BEING_MADE = "being made"
 
 @dataclass
 class Workspace:
-    """An output folder that remembers what each of its files was made from (`state.json`)."""
+    """An output folder that remembers what each of its files was made from (`state.json`).
+
+    `watch` is told the name of every file that is made or found.
+    """
 
     folder: Path
     say: Say
     state: dict[str, str] = field(default_factory=dict)
+    watch: Say = lambda name: None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +46,7 @@ class Workspace:
 
         Raises GgufToolError for a file of that name which this folder's runs did not make.
         """
+        self.watch(name)
         path = self.folder / name
         key = hashlib.sha256(json.dumps({"gguftool": __version__, **inputs}, sort_keys=True).encode()).hexdigest()
         if path.exists() and self.state.get(name) == key:
