@@ -67,9 +67,10 @@ def front_matter(report: Report) -> dict[str, Any]:
 
 def model_card(report: Report) -> str:
     """The page. Of a run that did not come to its end it says so, and nothing that could be taken for a result."""
-    if not report.status.done or "card" not in report.facts or not report.rows:
+    row = report.main
+    if not report.status.done or "card" not in report.facts or row is None:
         return f"{MARK}\n\n# {_line(report.model)}\n\nThere is no finished model here. {_line(str(report.status))}\n"
-    card, row = report.facts["card"], report.rows[0]
+    card = report.facts["card"]
     head, rows = report.cells(short=False)
     experts = report.facts.get("experts", {})
     gone = 100 * (1 - experts.get("kept_share", 1 - row.ratio))
@@ -99,12 +100,12 @@ def _how_to_run(card: dict[str, Any]) -> list[str]:
     if card["layout"] == "tiered":
         lines += [
             "The experts of a layer have different widths, which needs a llama.cpp with gguftool's patches; a stock one refuses "
-            "the file.", "", "```", "gguftool runtime build", f"gguftool run {file}", "```", "",
+            "the file.", "", "```", "gguftool runtime build", _fenced(f"gguftool run {file}"), "```", "",
             f"`gguftool expand {_code(file)} -o stock.gguf` pads the experts with zeros: the same function, larger, for any "
             "llama.cpp.", "",
         ]  # fmt: skip
     else:
-        lines += ["A stock file: any llama.cpp runs it.", "", "```", f"llama-cli -m {file}", "```", ""]
+        lines += ["A stock file: any llama.cpp runs it.", "", "```", _fenced(f"llama-cli -m {file}"), "```", ""]
     return lines
 
 

@@ -13,9 +13,9 @@ def figure(title: str, body: str, below: str = "") -> str:
     return f"<figure><h3>{escape(title)}</h3>{body}{words}</figure>"
 
 
-def panels(figures: Sequence[str]) -> str:
-    """Panels side by side, or below each other on a narrow screen."""
-    return f'<div class="panels">{"".join(figures)}</div>\n' if figures else ""
+def panels(figures: Sequence[str], kind: str = "") -> str:
+    """Panels side by side, or below each other on a narrow screen; of the kind "two" two in a row."""
+    return f'<div class="{f"panels {kind}".strip()}">{"".join(figures)}</div>\n' if figures else ""
 
 
 def details(summary: str, body: str) -> str:

@@ -63,10 +63,11 @@ def size_quality(report: Report, name: str) -> str:
     edge = sorted((dot.bytes / unit, dot.kl) for dot, on in zip(found, best, strict=True) if on)
     parts = [axis_x(x, 206, 26, f"file size, {word}"), axis_y(y, 44, WIDTH - 12, "KL divergence, nats")]
     base = x(report.base_bytes / unit)
-    parts += [line(base, 26, base, 206, "base"), text(base - 4, 36, "original", "tick", "end")]
+    parts += [line(base, 26, base, 206, "whole"), text(base - 4, 36, "original", "tick", "end")]
     if len(edge) > 1:
         parts.append(polyline([(x(size), y(kl)) for size, kl in edge], "front"))
     taken: list[tuple[float, float]] = []
+    numbers = []
     for dot, on in zip(found, best, strict=True):
         cx, cy = x(dot.bytes / unit), y(dot.kl)
         title = f"{dot.label}: {megabytes(dot.bytes)}, KL {dot.kl:.5f} ± {dot.error:.5f}"
@@ -75,11 +76,11 @@ def size_quality(report: Report, name: str) -> str:
         if dot.number and (on or len(found) <= FEW):
             place = _free_place(cx, cy, taken)
             taken.append(place)
-            parts.append(text(*place, dot.number, "point", "middle"))
+            numbers.append(text(*place, dot.number, "point", "middle"))
     label = f"File size against KL divergence on {name}: " + "; ".join(
         f"{dot.label} {megabytes(dot.bytes)} {dot.kl:.4f}" for dot in found[:FEW]
     )
-    return figure(244, label, *parts)
+    return figure(244, label, *parts, *numbers)
 
 
 def _free_place(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -103,14 +104,14 @@ class Bar:
 
 def intervals(bars: Sequence[Bar], name: str, *, log: bool = False) -> str:
     """Values with their errors, one below the other."""
-    top, step = 6, 34
+    top, step = 6, 40
     bottom = top + step * len(bars)
     x = Scale(*padded([v for bar in bars for v in (bar.low, bar.high)], log=log), 8, WIDTH - 10, log=log)
     parts = [axis_x(x, bottom, top, name, 4 if log else 5)]
     for index, bar in enumerate(bars):
-        y = top + step * index + 22
+        y = top + step * index + 24
         parts += [
-            text(8, y - 10, bar.label, "rowname"), text(WIDTH - 10, y - 10, bar.words, "value", "end"),
+            text(8, y - 11, clipped(bar.label), "rowname"), text(WIDTH - 10, y - 11, bar.words, "value", "end"),
             line(x(bar.low), y, x(bar.high), y, f"err wide {bar.kind}"),
             mark(x(bar.value), y, "square" if bar.kind == "quantized" else "circle", f"mark {bar.kind}", bar.words, 4),
         ]  # fmt: skip
@@ -126,7 +127,7 @@ def lengths(bars: Sequence[Bar], name: str) -> str:
     for index, bar in enumerate(bars):
         y = top + step * index
         parts += [
-            text(8, y + 11, bar.label, "rowname"), text(WIDTH - 10, y + 11, bar.words, "value", "end"),
+            text(8, y + 11, clipped(bar.label), "rowname"), text(WIDTH - 10, y + 11, bar.words, "value", "end"),
             rect(8, y + 16, max(1.0, x(bar.value) - 8), 11, f"bar {bar.kind}", f"{bar.label}: {bar.words}"),
         ]  # fmt: skip
         if bar.high > bar.low:
@@ -203,9 +204,9 @@ def heat_map(heat: Heat, name: str) -> str:
 
 
 def _cells(heat: Heat, left: float, top: float, width: float, height: float) -> str:
-    gap = min(1.0, width * 0.12)
-    w, h = width - gap, height - min(1.0, height * 0.12)
     named = sum(len(row) for row in heat.cells) <= NAMED_CELLS
+    # Of many cells the gaps would be all there is to see; a hair more than the cell closes them.
+    w, h = (width - min(1.0, width * 0.12), height - min(1.0, height * 0.12)) if named else (width + 0.1, height + 0.1)
     groups: dict[str, list[str]] = {}
     for r, row in enumerate(heat.cells):
         for c, (level, words) in enumerate(row):
@@ -258,6 +259,11 @@ def log_levels(rows: Sequence[Sequence[float]]) -> tuple[list[list[int]], float,
         return min(LEVELS - 1, int(LEVELS * log10(value / low) / span)) if value > 0 else 0
 
     return [[level(value) for value in row] for row in rows], low, high
+
+
+def clipped(label: str, most: int = 36) -> str:
+    """A label that leaves room for a number behind it; the table has all of it."""
+    return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def linear_level(value: float, high: float) -> int:

@@ -30,7 +30,7 @@ def publish(report: Report, folder: Path) -> list[str]:
     pages = {PAGE: render(report), MARKDOWN: report.markdown(), JSON: dumps(report)}
     notes = []
     card = folder / CARD
-    described = report.status.done and "card" in report.facts and bool(report.rows)
+    described = report.status.done and "card" in report.facts and report.main is not None
     if described or card.is_file():
         if not card.exists() or _is_ours(card):
             pages[CARD] = model_card(report)

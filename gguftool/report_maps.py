@@ -68,7 +68,7 @@ def routing(report: Report) -> str:
         return _calibrated(report)
     layers = facts["layers"]
     order = [np.argsort(-np.array(row["original"]), kind="stable").tolist() for row in layers]
-    most = max(max(row[key]) for row in layers for key in ("original", "pruned"))
+    most = _most([value for row in layers for key in ("original", "pruned") for value in row[key]])
     drawn = []
     for key, title in (("original", "Original"), ("pruned", "Pruned")):
         cells = [
@@ -79,7 +79,7 @@ def routing(report: Report) -> str:
             for row, own in zip(layers, order, strict=True)
         ]
         heat = charts.Heat(
-            [row["layer"] for row in layers], cells, "never", f"{100 * most:.0f} % of tokens",
+            [row["layer"] for row in layers], cells, "never", f"{100 * most:.0f} % of tokens or more",
             "experts, the original's most used first",
         )  # fmt: skip
         drawn.append(figure(title, charts.heat_map(heat, f"{title}: share of the tokens by expert and layer")))
@@ -109,7 +109,7 @@ def _calibrated(report: Report) -> str:
     if not facts:
         return ""
     layers = facts["layers"]
-    most = max(max(row["share"]) for row in layers)
+    most = _most([value for row in layers for value in row["share"]])
     cells = [
         [
             (charts.linear_level(share, most), f"layer {row['layer']}, {100 * share:.2f} %")
@@ -118,11 +118,16 @@ def _calibrated(report: Report) -> str:
         for row in layers
     ]
     heat = charts.Heat(
-        [row["layer"] for row in layers], cells, "never", f"{100 * most:.0f} % of tokens", "experts, most used first"
+        [row["layer"] for row in layers], cells, "never", f"{100 * most:.0f} % of tokens or more", "experts, most used first"
     )  # fmt: skip
     words = f"In calibration, over {facts['tokens']:,} tokens. The pruned model's routing was not measured."
     picture = charts.heat_map(heat, "Original: share of the calibration tokens by expert and layer")
     return f'<p class="note">{escape(words)}</p>{panels([figure("Original, in calibration", picture)])}'
+
+
+def _most(shares: Sequence[float]) -> float:
+    """The share that has the strongest colour: one of fifty has more, so that a few experts do not pale all others."""
+    return max(float(np.quantile(np.array(shares), 0.98)), 1e-9)
 
 
 def _moved(one: Sequence[float], other: Sequence[float]) -> float:

@@ -13,13 +13,17 @@ from .report import Report, Row, megabytes, with_error
 from .svg import escape, mark, short
 
 FILES_SHOWN = 24
+# Rounds whose fastest is so many times the slowest were disturbed.
+WIDE = 1.5
 
 
 def header(report: Report) -> str:
     """Name, what was done in a sentence, and where a run stands that is not done."""
     experts = report.facts.get("experts")
-    words = report.status.started and f"Run of {report.status.started}"
-    if experts:
+    words = f"Run of {report.status.started}" if report.status.started else ""
+    if report.rows and report.main is None:
+        words = f"{len(report.rows)} models beside the original"
+    elif experts:
         gone = 100 * (1 - experts["kept_share"])
         words = f"Pruned by {experts['method']}: {gone:.1f} % of the routed experts' parameters are gone" + (
             f" · {experts['layout']} layout" if experts.get("layout") else ""
@@ -28,12 +32,9 @@ def header(report: Report) -> str:
     if not report.status.done:
         known = "What was known by then follows." if report.facts or report.rows else "Nothing was measured yet."
         head, _, rest = str(report.status).partition(": ")
-        banner = (
-            f'<div class="status" role="status"><strong>{escape(head)}</strong>{escape(rest)} {known}</div>\n'
-            if rest
-            else f'<div class="status" role="status"><strong>{escape(head)}</strong>{known}</div>\n'
-        )
-    return f'<header><h1>{escape(report.model)}</h1><p class="lead">{escape(words or "")}</p>{banner}</header>\n'
+        parts = "".join(f"<div>{escape(part)}</div>" for part in (rest, known) if part)
+        banner = f'<div class="status" role="status"><strong>{escape(head)}</strong>{parts}</div>\n'
+    return f'<header><h1>{escape(report.model)}</h1><p class="lead">{escape(words)}</p>{banner}</header>\n'
 
 
 def tiles(report: Report) -> str:
@@ -62,7 +63,9 @@ def tiles(report: Report) -> str:
     base, mine = by_label.get("original"), by_label.get(row.label)
     if base and mine:
         ratio = mine["generate"]["median"] / base["generate"]["median"]
-        found.append(("generation speed", f"{ratio:.2f} ×", f"{_rate(mine['generate'])} tokens/s"))
+        found.append(
+            ("generation speed", f"{ratio:.2f} ×", f"{_rate(mine['generate'])} tokens/s, {_reach(mine['generate'])}")
+        )
         if base.get("memory") and mine.get("memory"):
             found.append(
                 ("memory", f"{100 * mine['memory'] / base['memory']:.0f} %",
@@ -107,7 +110,7 @@ def quality(report: Report) -> str:
         return ""
     head, rows = report.cells(short=False)
     lines = [["", *rows[0]], *([str(i), *cells] for i, cells in enumerate(rows[1:], 1))]
-    listed = table(["#", *head], lines, left=(1,), main=1 if report.main else None)
+    listed = table(["#", *head], lines, left=(1,), wrap=(1,), main=1 if report.main else None)
     drawn = []
     if len(report.rows) <= charts.FEW:
         for name, base in report.base.items():
@@ -117,11 +120,11 @@ def quality(report: Report) -> str:
             )  # fmt: skip
             ppl = [first, *(_bar(row, **_ppl(row, name)) for row in report.rows)]
             kl = [_bar(row, **_kl(row, name)) for row in report.rows]
-            drawn.append(figure(f"{name}: perplexity", charts.intervals(ppl, f"perplexity on {name}")))
+            drawn.append(figure(f"{name}: perplexity", charts.intervals(ppl, "perplexity")))
             drawn.append(
                 figure(f"{name}: divergence from the original", charts.intervals(kl, "KL divergence, nats", log=True))
             )
-    return f'{listed}<p class="note">{escape(report.protocol)}</p>{panels(drawn)}'
+    return f'{listed}<p class="note">{escape(report.protocol)}</p>{panels(drawn, "two")}'
 
 
 def _ppl(row: Row, name: str) -> dict[str, Any]:
@@ -179,6 +182,10 @@ def speed(report: Report) -> str:
     if "error" in facts:
         return f"<p>Not measured: {escape(facts['error'])}</p>"
     models = facts["models"]
+    skipped = "".join(f"<li>{escape(s['label'])} was not run: {escape(s['why'])}</li>" for s in facts["skipped"])
+    listed = f'<ul class="plain">{skipped}</ul>' if skipped else ""
+    if not models:
+        return listed
     kinds = [
         "base" if m["label"] == "original" else "quantized" if m["label"].startswith("unpruned") else "pruned"
         for m in models
@@ -199,20 +206,26 @@ def speed(report: Report) -> str:
     if memory:
         drawn.append(figure("Memory", charts.lengths(memory, "Memory"), "most that the process held, weights read in"))
     turns = "all loaded and asked in turns" if facts["in_turns"] else "one after the other, which memory asked for"
-    rounds = min(m["rounds"] for m in models)
+    rounds = min([m["rounds"] for m in models] or [0])
     words = (
         f"Measured here on {facts['threads']} threads, backend {facts['backend']}: {turns}, medians of {rounds} rounds after one "
         "that is not counted; the thin lines reach from the slowest to the fastest. A few per cent between equal files are "
         "chance."
     )
-    skipped = "".join(f"<li>{escape(s['label'])} was not run: {escape(s['why'])}</li>" for s in facts["skipped"])
-    return f'<p class="note">{escape(words)}</p>{panels(drawn)}' + (
-        f'<ul class="plain">{skipped}</ul>' if skipped else ""
-    )
+    if any(m[kind]["high"] > WIDE * m[kind]["low"] for m in models for kind in ("prompt", "generate")):
+        words += " The rounds differ widely: the machine had other work, so the medians say little."
+    return f'<p class="note">{escape(words)}</p>{panels(drawn)}{listed}'
+
+
+def _reach(values: dict[str, float]) -> str:
+    return f"{_rates(values['low'])} to {_rates(values['high'])}"
 
 
 def _rate(values: dict[str, float]) -> str:
-    value = values["median"]
+    return _rates(values["median"])
+
+
+def _rates(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 

@@ -87,7 +87,7 @@ def short(value: float) -> str:
     if not 1e-3 <= abs(value) < 1e5:
         mantissa, _, exponent = f"{value:.0e}".partition("e")
         return f"{mantissa}e{int(exponent)}" if mantissa != "1" else f"1e{int(exponent)}"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def text(x: float, y: float, content: object, kind: str = "", anchor: str = "start") -> str:

@@ -98,7 +98,7 @@ def trial(
     together = sum(sizes[model.label] + OVERHEAD for model in fitting) <= room
     options = Options(threads=usable_cpus(), n_gpu_layers=runtime.n_gpu_layers)
     found: dict[str, dict[str, Any]] = {}
-    for group in [fitting] if together else [[model] for model in fitting]:
+    for group in [fitting] if fitting and together else [[model] for model in fitting]:
         with ExitStack() as stack:
             workers = {}
             for model in group:
@@ -118,7 +118,7 @@ def trial(
         "skipped": skipped, "in_turns": together, "prompt_tokens": effort.prompt, "generated_tokens": effort.generate,
         "threads": options.threads, "backend": runtime.backend,
     }  # fmt: skip
-    sections = {"speed": speed} if fitting else {}
+    sections: dict[str, Any] = {"speed": speed}
     if fitting and prompts:
         sections["completions"] = _completions(fitting, prompts, found, effort)
     pruned = next((model for model in fitting if model.plan is not None), None)

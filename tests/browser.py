@@ -79,7 +79,9 @@ class Browser:
         """One command of the DevTools protocol and its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
-        os.write(self._ask, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0")
+        os.write(
+            self._ask, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0"
+        )
         while True:
             answer = self._read()
             if answer.get("id") == self._number:
@@ -132,11 +134,11 @@ class Browser:
         return [json.dumps(e["params"]) for e in self.events if e["method"] in kinds]
 
 
-if __name__ == "__main__":  # screenshots of a report for a person: browser.py report.html folder
-    program = find() or sys.exit("no browser")
-    out = Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    with Browser(program) as browser:
-        for name, width, dark in (("light", 1200, False), ("dark", 1200, True), ("narrow", 360, False), ("narrow-dark", 360, True)):
-            browser.open(Path(sys.argv[1]), width=width, dark=dark)
-            browser.screenshot(out / f"{name}.png")
+if __name__ == "__main__":  # is there one? And with `browser.py report.html FOLDER`: screenshots for a person
+    program = find() or sys.exit(1)
+    for folder in map(Path, sys.argv[2:]):
+        folder.mkdir(parents=True, exist_ok=True)
+        with Browser(program) as browser:
+            for name, width, dark in (("light", 1200, False), ("dark", 1200, True), ("narrow", 360, False)):
+                browser.open(Path(sys.argv[1]), width=width, dark=dark)
+                browser.screenshot(folder / f"{name}.png")
