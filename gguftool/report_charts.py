@@ -67,6 +67,7 @@ def size_quality(report: Report, name: str) -> str:
     if len(edge) > 1:
         parts.append(polyline([(x(size), y(kl)) for size, kl in edge], "front"))
     taken: list[tuple[float, float]] = []
+    points = [(x(dot.bytes / unit), y(dot.kl)) for dot in found]
     numbers = []
     for dot, on in zip(found, best, strict=True):
         cx, cy = x(dot.bytes / unit), y(dot.kl)
@@ -74,7 +75,7 @@ def size_quality(report: Report, name: str) -> str:
         parts.append(line(cx, y(max(dot.kl - dot.error, 1e-300)), cx, y(dot.kl + dot.error), f"err {dot.kind}"))
         parts.append(mark(cx, cy, SHAPES[dot.kind], f"mark {dot.kind}", title, 4 if len(found) > FEW else 5.5))
         if dot.number and (on or len(found) <= FEW):
-            place = _free_place(cx, cy, taken)
+            place = _free_place(cx, cy, taken, points)
             taken.append(place)
             numbers.append(text(*place, dot.number, "point", "middle"))
     label = f"File size against KL divergence on {name}: " + "; ".join(
@@ -83,11 +84,18 @@ def size_quality(report: Report, name: str) -> str:
     return figure(244, label, *parts, *numbers)
 
 
-def _free_place(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Where a number stands beside its point: the first of some places that no other number has."""
-    places = [(x + dx, y + dy) for dx, dy in ((12, 4), (-12, 4), (0, -10), (0, 19), (13, -8), (-13, -8), (13, 16))]
+Place = tuple[float, float]
+
+
+def _free_place(x: float, y: float, taken: Sequence[Place], points: Sequence[Place]) -> Place:
+    """Where a number stands beside its point: the first of some places with no other number, and if possible no point."""
+    places = [
+        (x + dx, y + dy) for dx, dy in ((12, 4), (-12, 4), (0, -10), (0, 19), (13, -8), (-13, -8), (13, 16), (-13, 16))
+    ]
     inside = [p for p in places if 50 < p[0] < WIDTH - 8 and 30 < p[1] < 204] or places[:1]
-    return next((p for p in inside if all(abs(p[0] - a) > 13 or abs(p[1] - b) > 11 for a, b in taken)), inside[0])
+    free = [p for p in inside if all(abs(p[0] - a) > 13 or abs(p[1] - b) > 11 for a, b in taken)] or inside[:1]
+    clear = (p for p in free if all(abs(p[0] - a) > 9 or abs(p[1] - 4 - b) > 8 for a, b in points))
+    return next(clear, free[0])
 
 
 @dataclass(frozen=True)
