@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import GgufToolError
+from .processes import ending
 from .random_model import SHAPES, ModelShape, active_bytes, pruned_widths, split_widths, write_random_model
 from .runtime import Runtime
 from .tensors import BLOCKS
@@ -130,8 +131,9 @@ class Worker:
         """One question (see bench_worker). Raises GgufToolError where the process failed."""
         stream: IO[str] | None = self.process.stdin
         assert stream is not None
-        stream.write(json.dumps({"do": do, "n": n, "seed": seed, **more}) + "\n")
-        stream.flush()
+        with suppress(BrokenPipeError):  # it is gone, and _answer says how
+            stream.write(json.dumps({"do": do, "n": n, "seed": seed, **more}) + "\n")
+            stream.flush()
         return self._answer()
 
     def seconds(self, do: str, n: int, seed: int) -> float:
@@ -142,7 +144,9 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise GgufToolError(f"{self.model.name}: the process ended with code {self.process.wait()}")
+            raise GgufToolError(
+                f"{self.model.name}: the benchmark's process gave no answer: {ending(self.process.wait())}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise GgufToolError(answer["error"])
@@ -151,7 +155,8 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 

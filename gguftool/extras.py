@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,15 @@ class Extras:
     command: str = ""
 
 
-def add_extras(journal: Journal, job: Job, base: Path, models: Sequence[Tried], extras: Extras) -> None:
-    """Adds the sections of `trial`, `provenance` and `model_card` to the journal; `models` without the original.
+# All of it, with the default prompts.
+ALL = Extras()
+
+
+def add_extras(
+    journal: Journal, job: Job, base: Path, models: Sequence[Tried], extras: Extras, known: Mapping[str, str]
+) -> None:
+    """Adds the sections of `trial`, `provenance` and `model_card` to the journal; `models` without the original;
+    `known` are hashes of outputs that there are already, by name.
 
     A trial that fails is said in the report and costs nothing else of it.
     """
@@ -58,11 +65,11 @@ def add_extras(journal: Journal, job: Job, base: Path, models: Sequence[Tried], 
         journal.learn(card=card_facts(GgufFile(base), job.model, models[0].path, main.encoding, layout))
     journal.stage("hashes" if extras.measure else "provenance")
     inputs = [job.model, *_files(job.calibration), *job.evaluation]
-    outputs = [journal.folder / name for name in dict.fromkeys(journal.stages)]
+    outputs = [journal.folder / name for name in dict.fromkeys([*journal.stages, "recipe.toml", "verified.json"])]
     journal.learn(
         provenance=provenance(
             job.runtime, extras.command, inputs, [path for path in outputs if path.is_file()],
-            hashes=extras.measure, progress=job.progress,
+            hashes=extras.measure, known=known, progress=job.progress,
         )
     )  # fmt: skip
 

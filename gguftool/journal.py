@@ -1,5 +1,6 @@
 """The report of a run while it goes on: at which stage it is, and in the end what came of it, whatever that is.
 
+It begins when the run has locked its folder: one that another run holds, or that is refused before, keeps its report.
 A run that ends by an error or by Ctrl-C leaves a report that says so, with all that was known by then; one that is killed
 leaves a report that says it is running, and since when. No report of an earlier run outlives the start of a new one.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +20,10 @@ from typing import Any, Self
 from .errors import GgufToolError
 from .report import Report, Status
 from .report_files import publish
+from .workspace import Watch
+
+# What a run does that makes no file, in words.
+STAGES = {"measure": "perplexity and KL divergence", "check": "checks of what was measured"}
 
 
 class Journal:
@@ -30,15 +36,31 @@ class Journal:
 
     def __init__(self, folder: Path, model: str) -> None:
         self.folder = folder
+        self._begun = False
         self.stages: list[str] = []
         start = _now()
         status = Status("running", "checking what was asked", "", start, start, os.getpid(), socket.gethostname())
         self.report = Report(model, 0, {}, [], "", status=status)
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        publish(self.report, self.folder)
         return self
+
+    def begin(self) -> None:
+        """The folder belongs to this run: from here on its report is this run's. Before that nothing is written."""
+        self._begun = True
+        self._write()
+
+    def hearing(self, watch: Watch) -> Watch:
+        """A `Workspace.watch` that tells the journal the stages, and then `watch` everything."""
+
+        def both(what: str, facts: Mapping[str, Any]) -> None:
+            if what == "step" and facts["state"] != "made":
+                self.stage(facts["name"])
+            elif what == "stage":
+                self.stage(STAGES.get(facts["name"], facts["name"]))
+            watch(what, facts)
+
+        return both
 
     def stage(self, name: str) -> None:
         """The run is at `name` now."""
@@ -55,14 +77,17 @@ class Journal:
         self.report = replace(report, status=own.status, facts={**own.facts, **report.facts})
 
     def finish(self) -> Report:
-        """The run has come to its end. Returns its report."""
-        self._write(state="done", stage="", pid=0, host="")
+        """The run has come to its end, and is done if nothing is in it that cannot be right. Returns its report."""
+        faults = "; ".join(self.report.failures)
+        state, stage = ("failed", STAGES["check"]) if faults else ("done", "")
+        message = f"this cannot be right: {faults}" if faults else ""
+        self._write(state=state, stage=stage, message=message, pid=0, host="")
         return self.report
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or not self._begun:
             return
         stopped = not isinstance(error, Exception)
         state, message = ("interrupted", "") if stopped else ("failed", str(error) or type(error).__name__)

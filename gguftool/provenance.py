@@ -6,17 +6,17 @@ files [{role, name, bytes, sha256}], role being input or output; sha256 is "" wh
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .runtime_base import Runtime, patch_files
+from .verification import sha256
 
 Progress = Callable[[int, int, str], None]
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
@@ -29,9 +29,9 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def provenance(
     runtime: Runtime, command: str, inputs: Iterable[Path], outputs: Iterable[Path], *, hashes: bool = True,
-    progress: Progress | None = None,
+    known: Mapping[str, str] | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The section. A folder among the inputs stands for the files in it."""
+    """The section. A folder among the inputs stands for the files in it. `known`: sha256 of outputs, by name."""
     files = [("input", root, path) for root in inputs for path in files_of(root)]
     files += [("output", path.parent, path) for path in outputs]
     total = sum(path.stat().st_size for _, _, path in files)
@@ -41,7 +41,9 @@ def provenance(
             progress(done >> 20, total >> 20, f"hashing {path.name}")
         name = f"{root.name}/{path.relative_to(root)}" if root.is_dir() and role == "input" else path.name
         size = path.stat().st_size
-        rows.append({"role": role, "name": name, "bytes": size, "sha256": sha256(path) if hashes else ""})
+        there = (known or {}).get(path.name, "") if role == "output" else ""
+        found = there or (sha256(path) if hashes else "")
+        rows.append({"role": role, "name": name, "bytes": size, "sha256": found})
         done += size
     base = runtime.base
     return {
@@ -66,12 +68,6 @@ def files_of(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     return sorted(path for path in root.glob("*") if path.is_file() and not path.name.startswith("."))
-
-
-def sha256(path: Path) -> str:
-    """Of the file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def processor() -> str:

@@ -105,6 +105,7 @@ class Report:
         status: where the run stands; of one that is not done, everything above may be missing.
         candidates: what was weighed, where something was; budget: the goal that it was weighed by, as names and values.
         facts: further sections by name, as `report_facts`, `trial` and `provenance` describe them.
+        failures: what cannot be right; the run is not done.
     """
 
     model: str
@@ -124,6 +125,8 @@ class Report:
         pruned = [row for row in self.rows if row.method != "none"]
         return pruned[0] if len(pruned) == 1 and pruned[0] is self.rows[0] else None
 
+    failures: Sequence[str] = ()
+
     def as_dict(self) -> dict[str, Any]:
         """For report.json and --json."""
         return {
@@ -139,6 +142,7 @@ class Report:
             "budget": None if self.budget is None else dict(self.budget),
             "protocol": self.protocol,
             "notes": list(self.notes),
+            "failures": list(self.failures),
             "facts": dict(self.facts),
         }
 
@@ -156,7 +160,7 @@ class Report:
                 str(raw["model"]), int(raw["base"]["bytes"]), dict(raw["base"]["texts"]),
                 [Row(**row) for row in raw["rows"]], str(raw["protocol"]), [str(note) for note in raw["notes"]],
                 Status(**raw["status"]), [Candidate(**item) for item in raw["candidates"]], raw["budget"],
-                dict(raw["facts"]),
+                dict(raw["facts"]), [str(failure) for failure in raw["failures"]],
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GgufToolError(f"the report lacks or garbles {error}") from error
@@ -200,6 +204,7 @@ class Report:
         if self.base:
             head, rows = self.cells(short=False)
             lines += [*markdown_table(head, rows), "", self.protocol, ""]
+        lines += [f"**Not done, this cannot be right:** {failure}" for failure in self.failures]
         lines += [f"- {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ import webbrowser
 from dataclasses import replace
 from pathlib import Path
 
+from .durable import write_text
 from .errors import GgufToolError
 from .model_card import CARD, MARK, model_card
 from .report import Report
@@ -37,10 +38,8 @@ def publish(report: Report, folder: Path) -> list[str]:
         elif described:
             notes.append(f"{card} was not made by gguftool and stays as it is; move it to have the model card")
     for name, text in pages.items():
-        partial = folder / f"{name}.partial"
         # Names of files may hold bytes that are no text.
-        partial.write_bytes(text.encode("utf-8", "replace"))
-        partial.replace(folder / name)
+        write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
     return notes
 
 

@@ -26,7 +26,7 @@ from gguftool.gguf_file import GgufFile
 from gguftool.journal import Journal
 from gguftool.model_card import MARK, front_matter, model_card, short_command
 from gguftool.prepare import Job
-from gguftool.provenance import command_line, files_of, provenance, sha256
+from gguftool.provenance import command_line, files_of, provenance
 from gguftool.recipe import Recipe
 from gguftool.report import Report, Status
 from gguftool.report_charts import LEVELS, linear_level, log_levels
@@ -35,6 +35,7 @@ from gguftool.report_files import dumps, load, publish, with_card
 from gguftool.report_html import render
 from gguftool.svg import Scale, escape, short
 from gguftool.trial import PROGRAM, Effort, Tried, _routing, opening, same_start, trial
+from gguftool.verification import sha256
 from reports import EVIL, make_report
 from synthetic import make_plan, make_stats
 
@@ -258,6 +259,8 @@ def test_a_report_follows_its_run_and_says_how_it_ended(tmp_path):
     publish(make_report(), tmp_path)
     assert "finished" not in (tmp_path / "README.md").read_text()
     with Journal(tmp_path, "model") as journal:
+        assert states(tmp_path)[0] == "done"  # the folder may be another run's yet
+        journal.begin()
         state, page, markdown = states(tmp_path)  # nothing is left of the earlier run
         assert state == "running" and "KL divergence" not in page + markdown
         assert "There is no finished model here. Running" in (tmp_path / "README.md").read_text()
@@ -282,6 +285,7 @@ def test_a_report_follows_its_run_and_says_how_it_ended(tmp_path):
 )
 def test_a_run_that_ends_badly_says_so_with_what_is_known(tmp_path, error, state, words):
     with pytest.raises(type(error)), Journal(tmp_path, "model") as journal:
+        journal.begin()
         journal.learn(experts=make_report().facts["experts"])
         journal.stage("pruned.gguf")
         raise error
@@ -290,8 +294,47 @@ def test_a_run_that_ends_badly_says_so_with_what_is_known(tmp_path, error, state
     assert 'id="experts"' in page and "What was known by then follows" in page and "<script" not in page
 
 
+def test_a_run_that_never_had_the_folder_leaves_its_report_alone(tmp_path):
+    publish(make_report(), tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+    with pytest.raises(GgufToolError), Journal(tmp_path, "model"):
+        raise GgufToolError("another run holds the folder")
+    assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_a_run_whose_numbers_cannot_be_right_has_failed(tmp_path):
+    with Journal(tmp_path, "model") as journal:
+        journal.begin()
+        journal.measured(replace(make_report(), failures=("KL divergence is nan",)))
+        report = journal.finish()
+    state, page, markdown = states(tmp_path)
+    assert state == "failed" and not report.status.done and not (tmp_path / "README.md").exists()
+    assert (
+        "this cannot be right: KL divergence is nan" in page
+        and "KL divergence is nan" in markdown
+        and 'id="quality"' in page
+    )
+    assert load(tmp_path).failures == ["KL divergence is nan"]
+
+
+def test_a_journal_hears_the_steps_and_lets_others_hear_them(tmp_path):
+    heard = []
+    with Journal(tmp_path, "model") as journal:
+        journal.begin()
+        watch = journal.hearing(lambda what, facts: heard.append((what, facts.get("state"))))
+        watch("step", {"name": "a.gguf", "state": "making"})
+        watch("step", {"name": "a.gguf", "state": "made"})
+        watch("step", {"name": "b.gguf", "state": "there"})
+        watch("stage", {"name": "measure"})
+        watch("measured", {"text": "t", "models": []})
+        assert journal.stages == ["a.gguf", "b.gguf", "perplexity and KL divergence"]
+        journal.finish()
+    assert heard == [("step", "making"), ("step", "made"), ("step", "there"), ("stage", None), ("measured", None)]
+
+
 def test_a_report_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
-    with pytest.raises(GgufToolError, match="the real one"), Journal(tmp_path, "model"):
+    with pytest.raises(GgufToolError, match="the real one"), Journal(tmp_path, "model") as journal:
+        journal.begin()
         monkeypatch.setattr("gguftool.journal.publish", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         raise GgufToolError("the real one")
 
@@ -299,7 +342,7 @@ def test_a_report_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
 def test_a_killed_run_is_found_out(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from gguftool.journal import Journal\n"
-        "with Journal(Path(sys.argv[1]), 'm') as j:\n    j.stage('base.gguf')\n    os.kill(os.getpid(), 9)"
+        "with Journal(Path(sys.argv[1]), 'm') as j:\n    j.begin()\n    j.stage('base.gguf')\n    os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path])
     assert "If that process is gone, the run was cut off" in states(tmp_path)[1]
@@ -363,7 +406,8 @@ def test_a_readme_of_somebody_else_stays(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
     (tmp_path / "README.md").unlink()
     assert publish(make_report(), tmp_path) == [] and MARK in (tmp_path / "README.md").read_text()
-    with pytest.raises(KeyboardInterrupt), Journal(tmp_path, "model"):
+    with pytest.raises(KeyboardInterrupt), Journal(tmp_path, "model") as journal:
+        journal.begin()
         raise KeyboardInterrupt
     assert "There is no finished model here. Interrupted" in (tmp_path / "README.md").read_text()
 
@@ -498,8 +542,8 @@ def test_a_trial_that_fails_costs_nothing_else_of_the_report(ran, monkeypatch):
     job, out, _ = ran
     monkeypatch.setattr("gguftool.trial.PROGRAM", "gguftool.no_such_module")
     report = pipeline.compress(job, out, Recipe("global", 0.4), lambda _: None)
-    assert report.status.done and "ended with code 1" in report.facts["speed"]["error"] and report.rows
-    assert "Not measured: base.gguf: the process ended" in (out / "report.html").read_text()
+    assert report.status.done and "ended with exit code 1" in report.facts["speed"]["error"] and report.rows
+    assert "Not measured: base.gguf: the" in (out / "report.html").read_text()
 
 
 def test_prompts_that_are_given_go_through_the_chat_template(tmp_path, base_gguf, monkeypatch):
