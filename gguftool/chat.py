@@ -88,8 +88,13 @@ class ChatTemplate:
         only = self.sources["default"] if len(self.sources) == 1 else json.dumps(dict(sorted(self.sources.items())))
         return hashlib.sha256(only.encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> str:
-        """The text of a conversation. Raises GgufToolError, which names `where`, if the template refuses it."""
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str, *, reply: bool = False
+    ) -> str:  # fmt: skip
+        """The text of a conversation, with `reply` up to where the model is to answer.
+
+        Raises GgufToolError, which names `where`, if the template refuses it.
+        """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -98,7 +103,9 @@ class ChatTemplate:
             source = FIXED_DAY + source
         try:
             with _limited(SECONDS):
-                rendered, _ = render_jinja_template([list(messages)], tools=tools, chat_template=source, **self.special)
+                rendered, _ = render_jinja_template(
+                    [list(messages)], tools=tools, chat_template=source, add_generation_prompt=reply, **self.special
+                )
         except _TooLong as error:
             raise GgufToolError(f"{where}: the chat template ran longer than {SECONDS:g} s") from error
         except (TemplateError, *GARBLED) as error:

@@ -20,6 +20,7 @@ from . import (
     cli_plan,
     cli_recipes,
     cli_refit,
+    cli_report,
     cli_runtime,
     cli_sensitivity,
     cli_stats,
@@ -93,7 +94,7 @@ def cli(context: click.Context) -> None:
 
 
 for _command in (
-    cli_compress.compress, cli_recipes.recipes, cli_recipes.verify, cli_compress.demo,
+    cli_compress.compress, cli_recipes.recipes, cli_recipes.verify, cli_report.report, cli_compress.demo,
     cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.architectures, cli_plan.methods, cli_plan.plan,
     cli_refit.refit, cli_refit.dern,
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,10 @@ from .cli_options import (
     output_options,
     parse_depth,
     parse_mix,
+    point_to_report,
     pre_tokenizer_option,
     recipe_options,
+    report_options,
     windows_option,
 )
 from .errors import GgufToolError
@@ -64,18 +67,28 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
 @device_option
 @memory_options
 @backend_option
+@report_options
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="The report shows how both models go on from it; may be repeated.  [default: how the --eval texts begin]",
+)
 @output_options
 @click.pass_context
 def compress(
-    context: click.Context, name: str | None, out: Path, dry_run: bool, as_json: bool, quiet: bool,
-    **options: Any
+    context: click.Context, name: str | None, out: Path, dry_run: bool, open_page: bool, no_extras: bool,
+    prompts: tuple[str, ...], as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end.
+    """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report, as a page, at the end.
 
     MODEL is a checkpoint directory, or a GGUF, which is then not converted. The folder gets the files, the report, and
     recipe.toml, from which `compress --recipe` makes the same again and `verify` sees whether it is the same. Every file is
     read again and hashed; a perplexity or a KL divergence that cannot be right, or backends that disagree, are a failure.
     """
+    from .extras import Extras
+    from .provenance import command_line
     from .recipe_file import find, load
     from .runs import Ears, carry_out, outlook
 
@@ -87,8 +100,10 @@ def compress(
         lines = [f"{'is there' if s.there else 'to make ':<9} {_size(s):>12}  {s.name}" for s in steps]
         terminal.show({"path": str(out), "written": False, "steps": [vars(step) for step in steps]}, *lines)
         return
+    extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
     with terminal.live(f"{recipe.model} -> {out}", recipe.quant) as (progress, watch):
-        report = carry_out(recipe, out, Ears(progress, terminal.say, watch))
+        report = carry_out(recipe, out, Ears(progress, terminal.say, watch), extras)
+    point_to_report(terminal, out, open_page)
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
@@ -128,14 +143,19 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
 @click.option("--eval-windows", default=24, show_default=True, help="Windows of each evaluation text.")
 @click.option("--unpack", is_flag=True, help="Only write the built-in model and its texts, to try the commands on.")
 @backend_option
+@report_options
 @output_options
-def demo(out: Path, eval_windows: int, unpack: bool, backend: str, as_json: bool, quiet: bool) -> None:
+def demo(
+    out: Path, eval_windows: int, unpack: bool, backend: str, open_page: bool, no_extras: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
     """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain.
 
     `gguftool demo --unpack -o .` only writes the model and its texts into this folder.
     """
     from .demo import run
     from .demo import unpack as run_unpack
+    from .extras import Extras
+    from .provenance import command_line
 
     terminal = make_terminal(as_json, quiet)
     if unpack:
@@ -144,5 +164,7 @@ def demo(out: Path, eval_windows: int, unpack: bool, backend: str, as_json: bool
         return
     found, llama = load_runtime(backend)
     with terminal.progress() as progress:
-        report = run(out, found, llama, eval_windows, progress, terminal.say)
+        extras = Extras(not no_extras, (), command_line(sys.argv[1:]))
+        report = run(out, found, llama, eval_windows, progress, terminal.say, extras)
+    point_to_report(terminal, out, open_page)
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))

@@ -13,6 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "recipes": ("gguftool recipes", "gguftool recipes code > mine.toml"),
     "verify": ("gguftool verify out", "gguftool verify out --fast"),
+    "report": ("gguftool report out --open", "gguftool report out --base-model OWNER/NAME --quantized-by YOU"),
     "demo": ("gguftool demo -o demo-out",),
     "convert": ("gguftool convert MODEL_DIR -o base.gguf",),
     "calibrate": (

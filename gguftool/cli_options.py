@@ -101,6 +101,15 @@ data_option = _data_option(True)
 # Where a recipe may name them.
 data_option_or_recipe = _data_option(False)
 
+open_option = click.option("--open", "open_page", is_flag=True, help="Open report.html in the browser.")
+report_options = combined(
+    open_option,
+    click.option(
+        "--no-extras", is_flag=True,
+        help="Report quality only: measure no speed, memory, routing and completions, hash no files.",
+    ),
+)  # fmt: skip
+
 
 def recipe_options(method: str) -> Callable[[Command], Command]:
     """What a recipe is made of; `method` is the default."""
@@ -142,6 +151,13 @@ def make_terminal(as_json: bool = False, quiet: bool = False) -> Terminal:
     from .terminal import Terminal
 
     return Terminal(as_json=as_json, quiet=quiet)
+
+
+def point_to_report(terminal: Terminal, folder: Path, open_page: bool) -> None:
+    """Opens the page of a report, or says where it is."""
+    from .report_files import PAGE, show
+
+    terminal.say(show(folder) if open_page else f"report: {folder / PAGE}")
 
 
 def make_recipe(options: dict[str, Any], target: str | None) -> Recipe:

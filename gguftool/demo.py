@@ -7,12 +7,16 @@ from types import ModuleType
 
 from . import builtin
 from .errors import GgufToolError
+from .extras import ALL, Extras, add_extras
 from .gguf_file import Progress, replacing
+from .journal import Journal
 from .pipeline import Built, build, judge, quantize_base
 from .prepare import Job, prepare
 from .recipe import Recipe
 from .report import Report
+from .report_facts import calibrated_facts, expert_facts, model_facts
 from .runtime import Runtime
+from .trial import Tried
 from .workspace import Say, Workspace
 
 RATIOS = (0.25, 0.4, 0.5)
@@ -21,6 +25,8 @@ PRUNE_THEN_QUANTIZE = ("Q8_0", "Q4_K_M")
 QUANTIZE_ONLY = ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 
 
+# The one that the report goes into: its experts, its routing, its speed.
+SHOWN = ("auto", 0.4, "Q4_K_M")
 MODEL = "Builtin-7M"
 
 
@@ -40,8 +46,20 @@ def unpack(out: Path) -> list[Path]:
     return written
 
 
-def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say) -> Report:
+def run(
+    out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say,
+    extras: Extras = ALL,
+) -> Report:  # fmt: skip
     """Calibrates on code, judges on code and on prose, and puts quantization alone beside it."""
+    with Journal(out, "Builtin 7M") as journal:
+        _run(out, runtime, llama, eval_windows, progress, say, extras, journal)
+        return journal.finish()
+
+
+def _run(
+    out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say, extras: Extras,
+    journal: Journal,
+) -> None:  # fmt: skip
     texts = builtin.texts()
     job = Job(
         model=builtin.unpack(out / MODEL),
@@ -53,8 +71,10 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
         eval_windows=eval_windows,
         pre_tokenizer="qwen2",
     )
-    work = Workspace(out, say)
+    work = Workspace(out, say, watch=journal.hearing(job.watch))
+    journal.begin()
     source = prepare(job, work, [Recipe(method, ratio) for method in (*METHODS, "auto") for ratio in RATIOS])
+    journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built: list[Built] = []
     for ratio in RATIOS:
         built += [build(job, work, source, Recipe(method, ratio)) for method in METHODS]
@@ -71,6 +91,12 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
         "whole-expert methods round the ratio to whole experts of each layer",
         "unpruned rows are what you would pick instead: compare at equal size",
     ]
-    report = judge(job, source.base, built, source.stats.model.name, notes)
-    report.save(out)
-    return report
+    recipes = [(item, item.plan.recipe) for item in built if item.plan is not None]
+    shown = next(item for item, recipe in recipes if (recipe.method, recipe.ratio, recipe.target) == SHOWN)
+    rival = next(item for item in built if item.label == f"unpruned {SHOWN[2]}")
+    assert shown.plan is not None
+    journal.learn(experts={**expert_facts(source.stats, shown.plan), "label": shown.label})
+    journal.stage("perplexity and KL divergence")
+    journal.measured(judge(job, source.base, built, source.stats.model.name, notes))
+    tried = [Tried(item.label, item.path, item.plan) for item in (shown, rival)]
+    add_extras(journal, job, source.base, tried, extras, {})

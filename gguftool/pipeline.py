@@ -16,8 +16,10 @@ from .crosscheck import crosscheck
 from .dern import dern, drops_experts
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
+from .extras import ALL, Extras, add_extras
 from .gguf_model import GgufModel, is_gguf
 from .gguf_refit import NO_SEQUENTIAL, refit_gguf
+from .journal import Journal
 from .memory import parse_dtype
 from .methods import method
 from .overrides import Overrides
@@ -30,10 +32,12 @@ from .recipe import Recipe
 from .refit import can_refit, refit_memory
 from .refit import refit as refit_weights
 from .report import Report, Row
+from .report_facts import calibrated_facts, expert_facts, model_facts
 from .runtime_base import BACKENDS
 from .runtime_base import built as built_runtime
 from .sequential import refit_sequentially
 from .sources import as_source
+from .trial import Tried
 from .verification import Expected, Verified, check_sound, failures, hashes
 from .workspace import Say, Workspace
 from .writer import prune
@@ -228,41 +232,52 @@ class Produced:
 
 
 def produce(
-    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", dry: bool = False
+    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", dry: bool = False, journal: Journal | None = None
 ) -> Produced:  # fmt: skip
     """Every file of one recipe, in `out`; what is there already stays. A `dry` run only finds what that is."""
+    watch = job.watch if journal is None else journal.hearing(job.watch)
+    work = Workspace(out, say, watch=watch, dry=dry)
+    if journal is not None:
+        journal.begin()  # the folder is this run's now
     target = recipe.target
     _check_refit(job, recipe, refit)
-    work = Workspace(out, say, watch=job.watch, dry=dry)
     source = prepare(job, work, [recipe])
+    if journal is not None:
+        journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built = build(job, work, source, recipe, refit=refit)
     quantized = target is not None and target not in encoding.FLOATS and not source.has_encoding(target)
     rivals = [quantize_base(job, work, source, target)] if target and quantized else []
     assert built.plan is not None
     notes = [built.plan.formula, *built.plan.notes, *built.notes]
     notes += [] if dry else coverage(source.stats).notes()
+    if journal is not None:
+        journal.learn(experts=expert_facts(source.stats, built.plan))
     if isinstance(source.model, GgufModel) and source.model.is_quantized:
         notes.append(f"the original here is {source.encoding} itself: what that had cost before is in no number")
     return Produced(work, source, built, rivals, notes)
 
 
-def assess(job: Job, made: Produced) -> Report:
+def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report:
     """Measures what was made, holds it against what can be right, and leaves the report beside the files.
 
     A report with failures is one of a run that is not done.
     """
     models = [made.built, *made.rivals]
-    job.watch("stage", {"name": "measure"})
+    watch = journal.hearing(job.watch)
+    watch("stage", {"name": "measure"})
     report = judge(job, made.source.base, models, made.source.stats.model.name, made.notes)
+    journal.measured(report)
     expected = [Expected(model.label, None) for model in models]
     texts = {text: [row.texts[text] for row in report.rows] for text in report.base}
-    job.watch("stage", {"name": "check"})
+    watch("stage", {"name": "check"})
     faults = list(failures(texts, expected, made.source.stats.model.n_vocab))
     faults += [*far_from_plan(job, made), *backends_apart(job, made)]
-    Verified(hashes(made.work.folder, made.files, job.progress), faults).save(made.work.folder)
-    report = replace(report, failures=tuple(faults))
-    report.save(made.work.folder)
-    return report
+    verified = Verified(hashes(made.work.folder, made.files, job.progress), faults)
+    verified.save(made.work.folder)
+    journal.measured(replace(report, failures=tuple(faults)))
+    tried = [Tried(item.label, item.path, item.plan) for item in models]
+    add_extras(journal, job, made.source.base, tried, extras, verified.files)
+    return journal.finish()
 
 
 def far_from_plan(job: Job, made: Produced) -> list[str]:
@@ -303,10 +318,13 @@ def backends_apart(job: Job, made: Produced) -> list[str]:
     ]
 
 
-def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") -> Report:
-    """The whole line for one recipe; the report stands beside the files in `out`."""
+def compress(
+    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", extras: Extras = ALL
+) -> Report:  # fmt: skip
+    """The whole line for one recipe; the report stands beside the files in `out`, from the start on (see `journal`)."""
     check_judged(job)
-    return assess(job, produce(job, out, recipe, say, refit=refit))
+    with Journal(out, job.model.name) as journal:
+        return assess(job, produce(job, out, recipe, say, refit=refit, journal=journal), journal, extras)
 
 
 def check_judged(job: Job) -> None:

@@ -11,8 +11,10 @@ import torch
 from . import __version__, runtime
 from .checkpoint import open_checkpoint
 from .errors import GgufToolError
+from .extras import ALL, Extras
 from .gguf_file import Progress
 from .gguf_model import is_gguf, open_gguf
+from .journal import Journal
 from .memory import parse_bytes
 from .pipeline import Produced, assess, produce
 from .planner import make_plan
@@ -37,7 +39,7 @@ class Ears:
     watch: Watch = lambda _what, _facts: None
 
 
-def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears()) -> Report:
+def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears(), extras: Extras = ALL) -> Report:
     """The whole run, in the folder `out`: files, recipe.toml, verified.json, report. Goes on where it was stopped.
 
     The report has `failures` where something came of it that cannot be right.
@@ -50,9 +52,10 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears()) -> Report:
     pruning = recipe.pruning
     for line in changed_inputs(recipe):
         ears.say(f"note: {line}")
-    made = produce(job, out, pruning, ears.say, refit=recipe.refit or "")
-    save(replace(recipe, made=what_it_met(recipe, job, made)), out / NAME, HEAD)
-    return assess(job, made)
+    with Journal(out, job.model.name) as journal:
+        made = produce(job, out, pruning, ears.say, refit=recipe.refit or "", journal=journal)
+        save(replace(recipe, made=what_it_met(recipe, job, made)), out / NAME, HEAD)
+        return assess(job, made, journal, extras)
 
 
 @dataclass(frozen=True)
