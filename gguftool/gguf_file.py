@@ -6,7 +6,7 @@ import logging
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,6 +102,10 @@ class GgufFile:
         field = self._reader.fields[key]
         is_array = field.types[0] == gguf.GGUFValueType.ARRAY
         return KeyValue(self.value(key), field.types[0], field.types[-1] if is_array else None)
+
+    def entry_bytes(self, key: str) -> int:
+        """Bytes that the metadata entry `key` takes in the file, its name included."""
+        return sum(int(part.nbytes) for part in self._reader.fields[key].parts)
 
     def value(self, key: str, default: Any = ...) -> Any:
         """The metadata value of `key`. Raises GgufToolError where it is missing and there is no default."""
@@ -202,6 +206,21 @@ def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[Ten
         probe = Path(folder) / "header.gguf"
         _announce(probe, arch, entries, list(specs)).close()
         return -(-probe.stat().st_size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+
+
+def write_sparse(
+    out: Path, arch: str, entries: Mapping[str, KeyValue], specs: Sequence[TensorSpec], known: Mapping[str, Bytes]
+) -> None:
+    """A GGUF whose tensors are zeros but for those in `known`. The zeros take no room where the disk knows sparse files."""
+    _announce(out, arch, entries, list(specs)).close()
+    start = -(-out.stat().st_size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+    with out.open("r+b") as stream:
+        stream.truncate(start + sum(spec.padded_bytes for spec in specs))
+        for spec in specs:
+            if spec.name in known:
+                stream.seek(start)
+                stream.write(np.ascontiguousarray(known[spec.name]).data)
+            start += spec.padded_bytes
 
 
 # The writer names the architecture itself, and aligns to 32 whatever the file did that the entries come from.

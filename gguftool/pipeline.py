@@ -52,7 +52,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     Args:
         refit: "plain", "sequential", or "" for what the method asks for.
     """
-    _check_refit(job, recipe, refit)
+    check_refit(job, recipe, refit)
     stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
     notes: tuple[str, ...] = ()
@@ -106,7 +106,8 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     return Built(f"{label} {target}", plan, target, final, (*notes, *source.again(target)))
 
 
-def _check_refit(job: Job, recipe: Recipe, refit: str) -> None:
+def check_refit(job: Job, recipe: Recipe, refit: str) -> None:
+    """Raises GgufToolError for a refit that the model or the method does not take."""
     if refit == "sequential" and is_gguf(job.model):
         raise GgufToolError(f"--refit sequential: {NO_SEQUENTIAL}; take --refit plain")
     if refit and recipe.method == "dern":
@@ -191,7 +192,7 @@ def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") 
     target = recipe.target
     if not job.evaluation:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
-    _check_refit(job, recipe, refit)
+    check_refit(job, recipe, refit)
     work = Workspace(out, say)
     source = prepare(job, work, [recipe])
     built = build(job, work, source, recipe, refit=refit)

@@ -118,14 +118,8 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
     for recipe in recipes:
         make_plan(blank, recipe)
-    inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
-    base = work.step(
-        "base.gguf",
-        inputs | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
-        lambda path: convert(
-            checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
-        ),
-    )
+    inputs = _model_key(checkpoint)
+    base = base_gguf(job, work, checkpoint)
 
     def measure(path: Path) -> None:
         scratch = work.folder / "calibrate.work"
@@ -134,6 +128,21 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     path = work.step(_stats_name(job), inputs | _texts_key(job, domains) | {"dtype": str(how.dtype)}, measure)
     stats = CalibrationStats.load(path)
     return Prepared(checkpoint, base, stats, domains)
+
+
+def base_gguf(job: Job, work: Workspace, checkpoint: Checkpoint) -> Path:
+    """The checkpoint as llama.cpp's converter writes it."""
+    return work.step(
+        "base.gguf",
+        _model_key(checkpoint) | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
+        lambda path: convert(
+            checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
+        ),
+    )
+
+
+def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
 
 
 def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
