@@ -20,8 +20,8 @@ from .memory import gib
 from .perplexity import usable_cpus
 from .runtime_base import Runtime
 
-# Two runs of one file differ by a page here and there: measured up to 0.2 MiB. Kept free, so that no run is above a budget.
-JITTER = 1 << 20
+# Two runs of one file differ by a page here and there: measured 0.15 MiB. Kept free, so that no run is above a budget.
+JITTER = 512 << 10
 # What llama.cpp's programs have to be told so that they take no more than was measured: weights are read and not mapped (the
 # pages of a mapped file count as the process', though the system can drop them), one conversation, no cache of old ones.
 RUN_OPTIONS = "--load-mode none --parallel 1 --cache-ram 0"

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .cli_fit import make_ask, no_ratio, show_fit
 from .cli_options import (
     FILE,
     backend_option,
@@ -39,6 +40,10 @@ from .sources import Source
     help="Refit what stays.  [default: by the method]",
 )
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
+@click.option(
+    "--fit", "budget", metavar="SIZE", help="Instead of --ratio: the best file whose run stays below this, see `fit`."
+)
+@click.option("--fit-ctx", default=8192, show_default=True, help="Tokens of the context that --fit counts.")
 @recipe_options("auto")
 @n_ctx_option
 @windows_option
@@ -51,7 +56,7 @@ from .sources import Source
 def compress(
     model: Path, data: tuple[Source, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
     n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, dtype: str,
-    memory: str | None, backend: str, as_json: bool, quiet: bool, **options: Any,
+    memory: str | None, backend: str, as_json: bool, quiet: bool, budget: str | None, fit_ctx: int, **options: Any,
 ) -> None:  # fmt: skip
     """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end.
 
@@ -61,6 +66,8 @@ def compress(
     from .prepare import Job
 
     terminal = make_terminal(as_json, quiet)
+    if budget is not None:
+        options["ratio"] = no_ratio(options)
     recipe = make_recipe(options, target)
     found, llama = load_runtime(backend)
     with terminal.progress() as progress:
@@ -69,6 +76,9 @@ def compress(
             n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
             dtype=dtype, memory=memory,
         )  # fmt: skip
+        if budget is not None:
+            show_fit(terminal, job, out, make_ask(budget, fit_ctx, recipe, [target] if target else [], refit))
+            return
         report = run(job, out, recipe, terminal.say, refit=refit or "")
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +20,12 @@ from .cli_options import (
     windows_option,
 )
 from .sources import Source
+
+if TYPE_CHECKING:
+    from .fit import Ask
+    from .prepare import Job
+    from .recipe import Recipe
+    from .terminal import Terminal
 
 
 @click.command()
@@ -70,13 +78,11 @@ def fit(
     of which the least goes; what they cost is measured, and the best one is made and checked against the budget in a
     process that fills the context. Resumable.
     """
-    from .fit import TARGETS, Ask, run
-    from .memory import parse_bytes
     from .prepare import Job
     from .recipe import Recipe
 
     terminal = make_terminal(as_json, quiet)
-    ask = Ask(parse_bytes(budget), ctx, Recipe(method, 0.0), targets or TARGETS, refit or "", every)
+    ask = make_ask(budget, ctx, Recipe(method, 0.0), targets, refit, every)
     found, llama = load_runtime(backend)
     with terminal.progress() as progress:
         job = Job(
@@ -84,5 +90,29 @@ def fit(
             n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
             memory=calibration_memory,
         )  # fmt: skip
-        report = run(job, out, ask, terminal.say, dry_run=dry_run)
+        show_fit(terminal, job, out, ask, dry_run)
+
+
+def make_ask(
+    budget: str, ctx: int, recipe: Recipe, targets: Sequence[str], refit: str | None, every: bool = False
+) -> Ask:
+    """What is asked of `fit.run`; no target stands for the usual ones."""
+    from .fit import TARGETS, Ask
+    from .memory import parse_bytes
+
+    return Ask(parse_bytes(budget), ctx, recipe, tuple(targets) or TARGETS, refit or "", every)
+
+
+def no_ratio(options: dict[str, Any]) -> float:
+    """The ratio that stands in where the budget decides. Raises UsageError where one was asked for too."""
+    if options["ratio"] is not None or options["keep"] is not None:
+        raise click.UsageError("--fit finds the ratio; leave --ratio and --keep out")
+    return 0.0
+
+
+def show_fit(terminal: Terminal, job: Job, out: Path, ask: Ask, dry_run: bool = False) -> None:
+    """Runs `fit` and shows what it says."""
+    from .fit import run
+
+    report = run(job, out, ask, terminal.say, dry_run=dry_run)
     terminal.show(report.as_dict(), report.table(), *report.lines())

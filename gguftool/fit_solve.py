@@ -7,6 +7,7 @@ The bytes of a ratio come from its plan, so the ratio is found by bisection over
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -212,10 +213,8 @@ def targets_for(source: Prepared, targets: Sequence[str], base: Base) -> tuple[l
 
     kept = [name for name in names if name != own and smaller(name)]
     left = [name for name in names if name != own and name not in kept]
-    try:
+    with suppress(GgufToolError):  # an encoding that gguftool does not write
         kept.insert(0, parse_target(own).name)
-    except GgufToolError:
-        pass
     return kept, [
         f"{', '.join(left)}: not tried, the original is {own} and more bits bring nothing back"
     ] if left else []

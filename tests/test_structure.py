@@ -72,8 +72,9 @@ ROWS = [
     ({"fit_measure"}, set()),
     ({"fit"}, set()),
     ({"cli_options"}, {"click"}),
+    ({"cli_fit"}, {"click"}),
     ({"cli_calibrate", "cli_plan", "cli_refit", "cli_gguf", "cli_validate", "cli_compress"}, {"click", "rich"}),
-    ({"cli_runtime", "cli_bench", "cli_sensitivity", "cli_stats", "cli_sweep", "cli_fit"}, {"click"}),
+    ({"cli_runtime", "cli_bench", "cli_sensitivity", "cli_stats", "cli_sweep"}, {"click"}),
     ({"cli"}, {"click"}),
     ({"__main__"}, set()),
 ]  # fmt: skip
