@@ -33,6 +33,8 @@ from .workspace import Workspace
 MOST = 0.9
 # How often a ratio is found anew because a skeleton took something else than the one before.
 ROUNDS = 5
+# Share of the room for a file that may stay unused.
+NEAR = 1e-4
 SCRATCH = "fit.work"
 
 
@@ -80,6 +82,7 @@ class Solver:
     refit: str = ""
     beside: int = 0
     tightened: dict[str, int] = field(default_factory=dict)
+    _sizes: dict[str, dict[int, int]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def base(self) -> Base:
@@ -129,7 +132,7 @@ class Solver:
 
     def smallest(self, target: str) -> Choice:
         """The file of `target` of which the most goes."""
-        return self.at(target, self._least_slices(target))
+        return self.at(target, self._fewest(target))
 
     def at(self, target: str, slices: int) -> Choice:
         """The pruned file in which so many slices of neurons stay."""
@@ -148,28 +151,40 @@ class Solver:
         return "refit" if refit and can_refit(self.source.model, plan) else None
 
     def _most_slices(self, target: str, room: int) -> int | None:
-        """How many slices may stay so that the file takes at most `room` bytes; None where even the fewest take more."""
-        low, high = self._least_slices(target), self._slices
-        if self.at(target, low).outline.file_bytes > room:
+        """How many slices may stay so that the file takes at most `room` bytes; None where even the fewest take more.
+
+        Up to NEAR of the room, below which nothing more is looked for: a plan of a large model takes seconds. Sizes grow
+        nearly in a line, so the next guess is on it; every third one is in the middle, should they not.
+        """
+        known = self._sizes.setdefault(target, {})
+        if not known:
+            self._size(target, self._fewest(target))
+            self._size(target, self._slices)
+        if known[min(known)] > room:
             return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.at(target, middle).outline.file_bytes <= room:
-                low = middle
-            else:
-                high = middle
+        for count in range(64):
+            low = max(slices for slices, size in known.items() if size <= room)
+            above = [slices for slices in known if slices > low]
+            if not above or (high := min(above)) - low == 1 or room - known[low] <= NEAR * room:
+                return low
+            share = (room - known[low]) / (known[high] - known[low]) if count % 3 < 2 else 0.5
+            self._size(target, min(max(low + int(share * (high - low)), low + 1), high - 1))
         return low
 
-    def _least_slices(self, target: str) -> int:
+    def _size(self, target: str, slices: int) -> int:
+        sizes = self._sizes.setdefault(target, {})
+        if slices not in sizes:
+            sizes[slices] = self.at(target, slices).outline.file_bytes
+        return sizes[slices]
+
+    def _fewest(self, target: str) -> int:
         """The fewest slices of which there is a plan: a method may want some experts or widths at least."""
         tried = [max(1, round(self._slices * (1 - share))) for share in (MOST, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25, 0.1)]
         for slices in tried[:-1]:
-            try:
-                self.at(target, slices)
-            except GgufToolError:
-                continue
-            return slices
-        self.at(target, tried[-1])
+            with suppress(GgufToolError):
+                self._size(target, slices)
+                return slices
+        self._size(target, tried[-1])
         return tried[-1]
 
     def tried(self, choice: Choice) -> Choice:

@@ -110,6 +110,10 @@ def test_the_file_uses_the_room_up(solver) -> None:
     most = solver._most_slices("Q4_K_M", room)
     assert most is not None
     assert solver.at("Q4_K_M", most).outline.file_bytes <= room < solver.at("Q4_K_M", most + 1).outline.file_bytes
+    assert len(solver._sizes["Q4_K_M"]) < 9  # of 256: sizes grow nearly in a line
+    for target, room in (("Q6_K", 4_000_000), ("Q2_K", 2_000_000), ("Q8_0", 7_000_000)):
+        most = solver._most_slices(target, room)
+        assert most is not None and solver._size(target, most) <= room < solver._size(target, most + 1)
     assert solver._most_slices("Q4_K_M", 1_000_000) is None
 
 
