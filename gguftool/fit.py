@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import hypot
 from pathlib import Path
 
 from . import encoding
@@ -22,10 +21,11 @@ from .checkpoint import open_checkpoint
 from .coverage import coverage
 from .errors import GgufToolError
 from .evaluate import physical_memory
+from .fit_choose import is_past, mean_kl, verdict
 from .fit_measure import Bench
 from .fit_report import CHOSEN, FITS, LEFT_OUT, MEASURED, TOO_LARGE, FitReport, Weighed
 from .fit_solve import MOST, Choice, Solver, targets_for
-from .gguf_file import GgufFile
+from .gguf_file import GgufFile, check_space
 from .gguf_model import is_gguf, open_gguf
 from .inventory import model_facts
 from .layout import parse
@@ -35,7 +35,6 @@ from .pipeline import check_refit
 from .prepare import Job, Prepared, base_gguf, prepare
 from .recipe import Recipe
 from .stats import CalibrationStats
-from .tradeoff import SURE
 from .workspace import Say, Workspace
 
 TARGETS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
@@ -74,6 +73,10 @@ def run(job: Job, out: Path, ask: Ask, say: Say, *, dry_run: bool = False) -> Fi
     check(job, ask)
     work = Workspace(out, say)
     blank = _blank(job, work, ask)
+    if not dry_run:
+        # What pruning leaves in the base's types with its new weights, and the files that are measured side by side.
+        size = blank.base.stat().st_size
+        check_space(out / "fit.work", 2 * size + (UNPRUNED + 2) * min(size, ask.budget))
     targets, notes = targets_for(blank, ask.targets, Base.open(blank.base))
     ask = replace(ask, targets=tuple(targets))
     solver = _solver(job, work, blank, ask, 0)
@@ -94,7 +97,15 @@ def run(job: Job, out: Path, ask: Ask, say: Say, *, dry_run: bool = False) -> Fi
     chosen, memory = _settle(ask, solver, bench, choices, rows, say)
     path = bench.keep(chosen)
     shutil.rmtree(bench.scratch, ignore_errors=True)
-    report = _report(ask, solver, rows, [*notes, *coverage(source.stats).notes()], bench, memory, path)
+    report = _report(
+        ask,
+        solver,
+        rows,
+        [*notes, *coverage(source.stats).notes()],
+        bench,
+        memory,
+        path,
+    )
     report.save(out)
     return report
 
@@ -134,7 +145,11 @@ def _check_least(ask: Ask, stats: CalibrationStats) -> None:
     sizes = {}
     for target in ask.targets:
         mix = encoding.MixFacts.of_tensors(
-            stats.model.tensors, stats.model.gguf_arch, stats.model.block_count, stats.model.n_expert, has_imatrix=True
+            stats.model.tensors,
+            stats.model.gguf_arch,
+            stats.model.block_count,
+            stats.model.n_expert,
+            has_imatrix=True,
         )
         specs = encoding.assign(stats.model.tensors, target, mix)
         sizes[target] = sum(spec.padded_bytes * (1 - MOST if spec.name in experts else 1) for spec in specs)
@@ -236,7 +251,7 @@ def weigh(ask: Ask, choices: Sequence[Choice], bench: Bench) -> Rows:
         bench.forget(_best([choice for choice in choices if _key(choice) in rows], rows))
         walked = [rows[_key(choice)] for choice in cut if _key(choice) in rows]
         if rest and is_past(walked):
-            best = min(walked, key=_kl)
+            best = min(walked, key=mean_kl)
             why = f"{walked[-1].label} is worse than {best.label}: more pruning no longer pays for more bits"
             rows |= {_key(choice): replace(_row(choice), status=LEFT_OUT, why=why) for choice in rest}
             rest = []
@@ -244,25 +259,12 @@ def weigh(ask: Ask, choices: Sequence[Choice], bench: Bench) -> Rows:
     return rows
 
 
-def is_past(walked: Sequence[Weighed]) -> bool:
-    """Whether damage grew for sure since the best of these, which are ordered by rising ratio."""
-    if len(walked) < 2:
-        return False
-    best, last = min(walked, key=_kl), walked[-1]
-    return _kl(last) - _kl(best) > SURE * hypot(last.error, best.error)
-
-
 def _key(choice: Choice) -> tuple[str, bool]:
     return choice.target, choice.plan is not None
 
 
-def _kl(row: Weighed) -> float:
-    assert row.kl is not None
-    return row.kl
-
-
 def _best(choices: Sequence[Choice], rows: Rows) -> Choice:
-    return min(choices, key=lambda choice: _kl(rows[_key(choice)]))
+    return min(choices, key=lambda choice: mean_kl(rows[_key(choice)]))
 
 
 def _settle(
@@ -284,7 +286,10 @@ def _settle(
         rows[key] = replace(row, status=TOO_LARGE, why=f"its own file took {over:,} bytes too many")
         solver.tightened[chosen.target] = solver.tightened.get(chosen.target, 0) + over
         if (smaller := solver.pruned(chosen.target)) is not None:
-            choices[:] = [smaller, *(choice for choice in choices if _key(choice) != _key(smaller))]
+            choices[:] = [
+                smaller,
+                *(choice for choice in choices if _key(choice) != _key(smaller)),
+            ]
             rows[_key(smaller)] = bench.measure([smaller])[0]
     raise GgufToolError(f"no file was found that stays below {gib(ask.budget)}; give a little more")
 
@@ -295,27 +300,16 @@ def _report(
 ) -> FitReport:  # fmt: skip
     source = solver.source
     first = {CHOSEN: 0, MEASURED: 1, FITS: 2, LEFT_OUT: 3, TOO_LARGE: 4}
-    ordered = sorted(rows.values(), key=lambda row: (first[row.status], row.kl or 0.0, row.ratio > 0, -row.predicted))
+    ordered = sorted(
+        rows.values(),
+        key=lambda row: (
+            first[row.status],
+            row.kl or 0.0,
+            row.ratio > 0,
+            -row.predicted,
+        ),
+    )
     return FitReport(
         source.stats.model.name, source.base.stat().st_size, ask.budget, ask.ctx, ordered, memory, path, verdict(ordered),
         bench.protocol() if bench else "", tuple(notes),
     )  # fmt: skip
-
-
-def verdict(rows: Sequence[Weighed]) -> str:
-    """Why the chosen one was chosen; rows as a report has them."""
-    if not rows or rows[0].status != CHOSEN:
-        return ""
-    chosen, others = rows[0], [row for row in rows[1:] if row.status == MEASURED]
-    lines = [f"{chosen.label} has the least mean KL of what fits, {_kl(chosen):.5f} ± {chosen.error:.5f}"]
-    kinds = (("the best unpruned file that fits", False), ("the best pruned one", True))
-    for what, is_cut in kinds:
-        rivals = [row for row in others if (row.ratio > 0) == is_cut]
-        if not rivals:
-            continue
-        rival = min(rivals, key=_kl)
-        error = hypot(rival.error, chosen.error)
-        sure = "" if _kl(rival) - _kl(chosen) > SURE * error else ", which is within two standard errors"
-        where = "the next pruned one" if is_cut == (chosen.ratio > 0) and is_cut else what
-        lines.append(f"{where}, {rival.label}, has {_kl(rival):.5f} ± {rival.error:.5f}{sure}")
-    return "; ".join(lines)

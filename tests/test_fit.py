@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType as V
 
-from gguftool import builtin, fit, fit_measure
+from gguftool import builtin, fit, fit_measure, gguf_file
 from gguftool.budget import JITTER, Memory, measure
 from gguftool.checkpoint import open_checkpoint
 from gguftool.cli import cli
 from gguftool.errors import GgufToolError
-from gguftool.fit import Ask, candidates, check, is_past, verdict, weigh
+from gguftool.fit import Ask, candidates, check, weigh
+from gguftool.fit_choose import is_past, verdict
 from gguftool.fit_report import CHOSEN, LEFT_OUT, MEASURED, TOO_LARGE, Weighed
 from gguftool.fit_solve import Choice, Solver, targets_for
 from gguftool.gguf_file import GgufFile, KeyValue
@@ -183,7 +184,7 @@ def test_the_verdict_names_the_rivals() -> None:
     ]
     text = verdict(rows)
     assert text.startswith("auto 30 % Q4_K_M has the least mean KL")
-    assert "the best unpruned file that fits, unpruned Q3_K_M, has 0.02050" in text and "within two standard" in text
+    assert "the best unpruned one, unpruned Q3_K_M, has 0.02050" in text and "within two standard" in text
     assert "the next pruned one, auto 40 % Q5_K_M, has 0.05000" in text
     assert verdict([row("a", 0, 1)]) == ""
 
@@ -306,6 +307,13 @@ def test_a_budget_below_the_smallest_file_in_memory_is_refused_before_calibratio
         GgufToolError, match=r"the smallest file, global 89.8 % Q2_K, takes .*KV cache.*--memory [\d.]+MiB"
     ):
         fit.run(job, tmp_path / "out", replace(ASK, budget=10 << 20), lambda _: None)
+
+
+def test_too_little_disk_is_refused_before_calibration(job, base_gguf, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit, "prepare", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: (1 << 40, 1 << 40, 60_000_000))
+    with pytest.raises(GgufToolError, match=r"needs 0\.0[89] GB, the disk has 0\.06 GB free"):  # six times 14.8 MB
+        fit.run(replace(job, model=base_gguf), tmp_path / "out", replace(ASK, budget=100 << 20), lambda _: None)
 
 
 def test_compress_fit_finds_the_ratio_itself(checkpoint_dir, tmp_path) -> None:

@@ -69,7 +69,7 @@ ROWS = [
     ({"pipeline"}, {"numpy"}),
     ({"demo", "sweep"}, set()),
     ({"fit_report", "fit_solve"}, {"rich"}),
-    ({"fit_measure"}, set()),
+    ({"fit_measure", "fit_choose"}, set()),
     ({"fit"}, set()),
     ({"cli_options"}, {"click"}),
     ({"cli_fit"}, {"click"}),
