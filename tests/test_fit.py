@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,7 +312,7 @@ def test_a_budget_below_the_smallest_file_in_memory_is_refused_before_calibratio
 
 def test_too_little_disk_is_refused_before_calibration(job, base_gguf, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fit, "prepare", lambda *_: pytest.fail("calibrated"))
-    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: (1 << 40, 1 << 40, 60_000_000))
+    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: SimpleNamespace(free=60_000_000))
     with pytest.raises(GgufToolError, match=r"needs 0\.0[89] GB, the disk has 0\.06 GB free"):  # six times 14.8 MB
         fit.run(replace(job, model=base_gguf), tmp_path / "out", replace(ASK, budget=100 << 20), lambda _: None)
 
