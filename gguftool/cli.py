@@ -16,6 +16,7 @@ from . import (
     cli_calibrate,
     cli_compress,
     cli_doctor,
+    cli_fit,
     cli_gguf,
     cli_plan,
     cli_recipes,
@@ -48,7 +49,7 @@ def run() -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo(
-            "\nstopped; calibrate, refit, compress, sensitivity, sweep and demo go on from here when they are started again",
+            "\nstopped; calibrate, refit, compress, fit, sensitivity, sweep and demo go on from here when they are started again",
             err=True,
         )
         return 130
@@ -94,7 +95,7 @@ def cli(context: click.Context) -> None:
 
 
 for _command in (
-    cli_compress.compress, cli_recipes.recipes, cli_recipes.verify, cli_report.report, cli_compress.demo,
+    cli_compress.compress, cli_fit.fit, cli_recipes.recipes, cli_recipes.verify, cli_report.report, cli_compress.demo,
     cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.architectures, cli_plan.methods, cli_plan.plan,
     cli_refit.refit, cli_refit.dern,
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from .cli_fit import make_ask, show_fit
 from .cli_options import (
     FILE,
     backend_option,
@@ -58,6 +59,10 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
     help="Refit what stays.  [default: by the method]",
 )
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
+@click.option(
+    "--fit", "budget", metavar="SIZE", help="Instead of --ratio: the best file whose run stays below this, see `fit`."
+)
+@click.option("--fit-ctx", default=8192, show_default=True, help="Tokens of the context that --fit counts.")
 @recipe_options("auto")
 @n_ctx_option
 @windows_option
@@ -90,10 +95,17 @@ def compress(
     from .extras import Extras
     from .provenance import command_line
     from .recipe_file import find, load
-    from .runs import Ears, carry_out, outlook
+    from .runs import Ears, carry_out, job_of, outlook
 
     recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
+    if recipe.fit is not None:
+        targets = [recipe.quant] if recipe.quant else []
+        with terminal.progress() as progress:
+            job = job_of(recipe, Ears(progress, terminal.say))
+            ask = make_ask(recipe.fit, recipe.fit_ctx or 8192, recipe.pruning, targets, recipe.refit)
+            show_fit(terminal, job, out, ask, dry_run)
+        return
     if dry_run:
         with terminal.progress() as progress:
             steps = outlook(recipe, out, Ears(progress, terminal.say))
@@ -129,6 +141,8 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
         if key in given:
             given[key] = parse(given[key])
     given = {_KEYS.get(key, key): value for key, value in given.items()}
+    if "fit" in given:
+        given.setdefault("ratio", None)  # the recipe's own goes
     recipe = replace(recipe or RunRecipe(), **given)
     for key, option in (("model", "MODEL"), ("data", "--data"), ("eval", "--eval"), ("ratio", "--ratio or --keep")):
         if key == "ratio" and recipe.fit is not None:

@@ -86,7 +86,7 @@ def compare_many(
     with open_session(llama, **options) as session, LoadedModel(session, base) as model:
         windows = model.windows(text, max_windows)
         if memory is None:
-            memory = 0 if options.get("n_gpu_layers") else _physical_memory() // 2
+            memory = 0 if options.get("n_gpu_layers") else physical_memory() // 2
         groups = _groups(pruned, memory, overhead=model.context_bytes)
         sums: list[DivergenceSum] = []
         for number, group in enumerate(groups):
@@ -133,7 +133,8 @@ def _groups(paths: Sequence[Path], memory: int, overhead: int) -> list[list[Path
     return groups
 
 
-def _physical_memory() -> int:
+def physical_memory() -> int:
+    """Bytes of memory that the machine has; 8 GiB where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # no sysconf on this system

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ class GgufFile:
         if field.is_array:
             return KeyValue(self.value(key), gguf.GGUFValueType.ARRAY, kind)
         return KeyValue(self.value(key), kind)
+
+    def entry_bytes(self, key: str) -> int:
+        """Bytes that the metadata entry `key` takes in the file, its name included."""
+        return self._header.fields[key].size
 
     def value(self, key: str, default: Any = ...) -> Any:
         """The metadata value of `key`. Raises GgufToolError where it is missing and there is no default."""
@@ -199,6 +203,21 @@ def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[Ten
         probe = Path(folder) / "header.gguf"
         _announce(probe, arch, entries, list(specs)).close()
         return -(-probe.stat().st_size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+
+
+def write_sparse(
+    out: Path, arch: str, entries: Mapping[str, KeyValue], specs: Sequence[TensorSpec], known: Mapping[str, Bytes]
+) -> None:
+    """A GGUF whose tensors are zeros but for those in `known`. The zeros take no room where the disk knows sparse files."""
+    _announce(out, arch, entries, list(specs)).close()
+    start = -(-out.stat().st_size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+    with out.open("r+b") as stream:
+        stream.truncate(start + sum(spec.padded_bytes for spec in specs))
+        for spec in specs:
+            if spec.name in known:
+                stream.seek(start)
+                stream.write(np.ascontiguousarray(known[spec.name]).data)
+            start += spec.padded_bytes
 
 
 # The writer names the architecture itself, and aligns to 32 whatever the file did that the entries come from.

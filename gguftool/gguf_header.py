@@ -44,12 +44,16 @@ _MAX_NAME, _MAX_DIMS = 64, 4
 
 @dataclass(frozen=True)
 class Field:
-    """Where a metadata value lies: `count` values of `type` at byte `start`; an array where `is_array`."""
+    """Where a metadata value lies: `count` values of `type` at byte `start`; an array where `is_array`.
+
+    `size` are the bytes of the whole entry, its name included.
+    """
 
     type: int
     is_array: bool
     start: int
     count: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,15 @@ class Header:
     def _fields(self, count: int) -> dict[str, Field]:
         fields: dict[str, Field] = {}
         for number in range(count):
+            before = self.position
             key = self._string(f"the name of key {number}")
             if not key or key in fields:
                 raise self.fail(f"key {key!r} is there twice" if key else f"key {number} has no name")
-            fields[key] = self._field(key)
+            fields[key] = self._field(key, before)
         return fields
 
-    def _field(self, key: str) -> Field:
+    def _field(self, key: str, before: int) -> Field:
+        """The entry `key`, whose name began at byte `before`."""
         kind, count = self._number(4, key), 1
         is_array = kind == ARRAY
         if is_array:
@@ -162,7 +168,7 @@ class Header:
             self._take(count * np.dtype(SCALARS[kind]).itemsize, key)
         else:
             raise self.fail(f"{key} has the type {kind}, which GGUF has not")
-        return Field(kind, is_array, start, count)
+        return Field(kind, is_array, start, count, self.position - before)
 
     def _tensors(self, count: int) -> list[Entry]:
         entries: list[Entry] = []

@@ -66,7 +66,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     Args:
         refit: "plain", "sequential", or "" for what the method asks for.
     """
-    _check_refit(job, recipe, refit)
+    check_refit(job, recipe, refit)
     stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
     notes: tuple[str, ...] = ()
@@ -120,7 +120,8 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     return Built(f"{label} {target}", plan, target, final, (*notes, *source.again(target)))
 
 
-def _check_refit(job: Job, recipe: Recipe, refit: str) -> None:
+def check_refit(job: Job, recipe: Recipe, refit: str) -> None:
+    """Raises GgufToolError for a refit that the model or the method does not take."""
     if refit == "sequential" and is_gguf(job.model):
         raise GgufToolError(f"--refit sequential: {NO_SEQUENTIAL}; take --refit plain")
     if refit and recipe.method == "dern":
@@ -240,7 +241,7 @@ def produce(
     if journal is not None:
         journal.begin()  # the folder is this run's now
     target = recipe.target
-    _check_refit(job, recipe, refit)
+    check_refit(job, recipe, refit)
     source = prepare(job, work, [recipe])
     if journal is not None:
         journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))

@@ -121,12 +121,8 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
     for recipe in recipes:
         make_plan(blank, recipe)
-    inputs: dict[str, Any] = {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
-    base = work.step(
-        "base.gguf",
-        inputs | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
-        lambda path: convert_soundly(job, checkpoint, path),
-    )
+    inputs = _model_key(checkpoint)
+    base = base_gguf(job, work, checkpoint)
 
     def measure(path: Path) -> None:
         scratch = work.folder / "calibrate.work"
@@ -141,6 +137,19 @@ def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
     """Converts, then reads what was written."""
     convert(checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress)
     check_sound(path)
+
+
+def base_gguf(job: Job, work: Workspace, checkpoint: Checkpoint) -> Path:
+    """The checkpoint as llama.cpp's converter writes it."""
+    return work.step(
+        "base.gguf",
+        _model_key(checkpoint) | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
+        lambda path: convert_soundly(job, checkpoint, path),
+    )
+
+
+def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
 
 
 def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:

@@ -35,6 +35,8 @@ Imatrix = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps(?:\.(\d+))?\.weight")
 _PROGRESS = re.compile(r"\[ *(\d+)/ *(\d+)\] (\S+)")
+# The quantized file keeps this name, so that its size does not depend on a folder's.
+IMATRIX_FILE = "gguftool.imatrix.gguf"
 # Added by llama-quantize to the source's metadata: four entries about the imatrix.
 _ADDED_KVS = 1024
 
@@ -96,8 +98,8 @@ def quantize(
         (work / "types.txt").write_text(_type_lines(specs), encoding="utf-8")
         options = ["--tensor-type-file", "types.txt"]
         if entries and imatrix:
-            write_imatrix(entries, imatrix, work / "gguftool.imatrix.gguf")
-            options += ["--imatrix", "gguftool.imatrix.gguf"]
+            write_imatrix(entries, imatrix, work / IMATRIX_FILE)
+            options += ["--imatrix", IMATRIX_FILE]
         if allow_requantize:
             options.append("--allow-requantize")
         # Absolute paths: llama-quantize takes an output whose name begins with a number for a file type.
@@ -325,9 +327,9 @@ def _run(command: list[str], folder: Path, progress: Progress | None, out: Path)
         raise GgufToolError(f"llama-quantize failed ({ending(process.returncode)}): {' | '.join(last)}{full(out)}")
 
 
-def _without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:
+def without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions as llama-quantize writes them: a stack of one matrix is written as a matrix."""
-    return ne if len(ne) == 1 or ne[-1] != 1 else _without_ones(ne[:-1])
+    return ne if len(ne) == 1 or ne[-1] != 1 else without_ones(ne[:-1])
 
 
 def _verify(source: GgufFile, result: GgufFile, specs: Sequence[TensorSpec], target: str) -> None:
@@ -335,7 +337,7 @@ def _verify(source: GgufFile, result: GgufFile, specs: Sequence[TensorSpec], tar
     have = {spec.name: spec for spec in result.tensors}
     for spec in specs:
         got = have.pop(spec.name, None)
-        if got is None or got.type != spec.type or _without_ones(got.ne) != _without_ones(spec.ne):
+        if got is None or got.type != spec.type or without_ones(got.ne) != without_ones(spec.ne):
             found = f"{got.type} {got.ne}" if got else "missing"
             raise GgufToolError(f"{spec.name}: {spec.type} {spec.ne} was asked for, llama-quantize wrote: {found}")
     if have:

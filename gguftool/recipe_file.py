@@ -106,6 +106,8 @@ class RunRecipe:
         for name, least in (("ctx", 4), ("windows", 1), ("eval_windows", 1), ("fit_ctx", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise GgufToolError(f"{name} {value} is less than {least}")
+        if self.fit is not None and self.ratio is not None:
+            raise GgufToolError("fit finds the ratio; leave ratio (--ratio, --keep) out")
         # A Recipe checks the rest; where the ratio is still open, any will do.
         self._recipe(0.0 if self.ratio is None else self.ratio)
 
@@ -114,7 +116,9 @@ class RunRecipe:
 
     @property
     def pruning(self) -> Recipe:
-        """The pruning recipe. Raises GgufToolError where no ratio has been named."""
+        """The pruning recipe; its ratio is 0 where `fit` finds it. Raises GgufToolError where no ratio has been named."""
+        if self.fit is not None:
+            return self._recipe(0.0)
         if self.ratio is None:
             raise GgufToolError("the recipe has no ratio; give --ratio or --keep")
         return self._recipe(self.ratio)

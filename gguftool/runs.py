@@ -107,8 +107,6 @@ def job_of(recipe: RunRecipe, ears: Ears) -> Job:
         raise GgufToolError("the recipe names no model; give MODEL")
     if not recipe.data:
         raise GgufToolError("the recipe names no calibration texts; give --data")
-    if recipe.fit is not None or recipe.fit_ctx is not None:
-        raise GgufToolError("fit: this gguftool cannot find a ratio by itself; name ratio and quant")
     if recipe.memory is not None:
         try:
             parse_bytes(recipe.memory)

@@ -13,7 +13,6 @@ batch as fit into half of the machine's memory, whichever is most.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,12 +25,13 @@ from .chat import template_of_gguf
 from .checkpoint import open_checkpoint
 from .corpus import load_domains, read_scored
 from .coverage import coverage
-from .durable import settle, write_text
+from .durable import settle
 from .errors import GgufToolError
-from .evaluate import Comparison, compare_many, pool
+from .evaluate import Comparison, compare_many
 from .gguf_file import GgufFile
 from .gguf_model import is_gguf
 from .inventory import model_facts
+from .measurements import Store, digest, measured_facts, plain
 from .pipeline import build, quantize_base
 from .planner import fingerprint, make_plan
 from .prepare import Job, Prepared, prepare
@@ -42,7 +42,6 @@ from .variants import Variant
 from .workspace import Say, Workspace
 
 BATCH = 8
-ROW_FORMAT, ROW_VERSION = "gguftool.sweep-row", 1
 SCRATCH = "sweep.work"
 _GROUP = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -165,36 +164,7 @@ class Candidate:
     @property
     def digest(self) -> str:
         """A short name of `key`."""
-        return _digest(self.key)
-
-
-def _digest(key: Any) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-
-
-@dataclass(frozen=True)
-class Store:
-    """The measurements, a file for each model and group, named by what it depends on."""
-
-    folder: Path
-
-    def load(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was measured under this key, or None where it was not, or the file is damaged."""
-        try:
-            found = json.loads(self.path(key).read_text(encoding="utf-8"))
-            same = (found["format"], found["version"], found["key"]) == (ROW_FORMAT, ROW_VERSION, key)
-            return dict(found["measured"]) if same else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def save(self, key: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-        """Keeps a measurement; the file appears whole or not at all."""
-        facts = {"format": ROW_FORMAT, "version": ROW_VERSION, "key": key, "measured": measured}
-        write_text(self.path(key), json.dumps(facts, indent=1) + "\n")
-
-    def path(self, key: Mapping[str, Any]) -> Path:
-        """Where the measurement of a key is."""
-        return self.folder / f"{_digest(key)}.json"
+        return digest(self.key)
 
 
 class _Bench:
@@ -240,12 +210,12 @@ class _Bench:
         quantized = target is not None and target not in encoding.FLOATS
         name = Name(label, variant.name, kind, ratio, target or base_type, quantized)
         key = self._facts | {"recipe": asdict(plan.recipe), "kept": plan.kept_hash, "refit": variant.refit}
-        return Candidate(name, variant, recipe, target, _plain(key), plan.kept_share, plan.formula, plan.notes)
+        return Candidate(name, variant, recipe, target, plain(key), plan.kept_share, plan.formula, plan.notes)
 
     def _unpruned(self, target: str) -> Candidate:
         quantized = target not in encoding.FLOATS
         name = Name(f"unpruned {target}", "none", UNPRUNED, 0.0, target, quantized)
-        return Candidate(name, None, None, target, _plain(self._facts | {"unpruned": target}), 1.0, "", ())
+        return Candidate(name, None, None, target, plain(self._facts | {"unpruned": target}), 1.0, "", ())
 
     def missing(self, candidate: Candidate) -> list[str]:
         """The groups that a candidate was not measured on yet."""
@@ -356,22 +326,6 @@ class _Bench:
 
     def _row_key(self, candidate: Candidate, group: str) -> dict[str, Any]:
         return {"model": candidate.key, "group": self._groups[group]}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
-
-
-def measured_facts(file: Path, parts: Sequence[Comparison], texts: Sequence[Path]) -> dict[str, Any]:
-    """One file on one group, its texts pooled: plain values, those of `Divergence.as_dict` among them."""
-    total = pool(parts)
-    ppl, base = total.ppl, total.base_ppl
-    return {
-        "bytes": file.stat().st_size, "ppl": ppl.value, "ppl_err": ppl.error, **total.as_dict(),
-        "base": {"ppl": base.value, "ppl_err": base.error},
-        "texts": [{"name": path.name, **part.protocol.as_dict()} for path, part in zip(texts, parts, strict=True)],
-    }  # fmt: skip
 
 
 def _report(job: Job, grid: Grid, source: Prepared, runs: Mapping[Name, Sequence[dict[str, Any]]]) -> SweepReport:

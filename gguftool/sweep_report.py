@@ -74,7 +74,7 @@ class Score:
 
     @classmethod
     def of(cls, measured: Sequence[Mapping[str, Any]]) -> Score:
-        """From what was measured, a mapping for each seed (`sweep.measured_facts`)."""
+        """From what was measured, a mapping for each seed (`measurements.measured_facts`)."""
 
         def over(*path: str) -> list[float]:
             values: list[Any] = list(measured)

@@ -5,7 +5,7 @@ The writer decides nothing: shapes, types and order come from `layout`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def prune(
     source = _Source(ggml, overrides, plan.n_ff_exp)
     requantized = source.requantized(pieces)
     copied, notes = copied_entries(file)
-    entries = _entries(copied, file, plan, kind, overrides)
+    entries = _entries(copied, file, plan, kind, overrides.origin.made_by if overrides else None)
     specs = tuple(piece.spec for piece in pieces)
     size = header_bytes(file.arch, entries, specs) + sum(spec.padded_bytes for spec in specs)
     notes = [*_compare_with_plan(plan, specs), *notes]
@@ -87,6 +87,20 @@ def prune(
         produce = _producer(file, {piece.spec.name: piece for piece in pieces}, source)
         write_gguf(out, file.arch, entries, specs, produce, progress, file)
     return report
+
+
+def outline(
+    file: GgufFile, plan: PrunePlan, made_by: str | None, copied: Mapping[str, KeyValue]
+) -> tuple[dict[str, KeyValue], tuple[TensorSpec, ...]]:
+    """The metadata and the tensors that `prune` would write, without looking at a weight.
+
+    Args:
+        made_by: the command that the new weights come from; None without any.
+        copied: `copied_entries(file)`, which reads the vocabulary and so takes a while.
+    """
+    kind = _layout_in(file, plan)
+    pieces = layout.pieces(plan, file.tensors, encoding.TWINS, layout=kind, whole=_predictors(file))
+    return _entries(copied, file, plan, kind, made_by), tuple(piece.spec for piece in pieces)
 
 
 def _predictors(file: GgufFile) -> range:
@@ -202,13 +216,13 @@ def _facts(specs: Sequence[TensorSpec]) -> dict[str, tuple[tuple[int, ...], str]
 
 
 def _entries(
-    copied: dict[str, KeyValue], file: GgufFile, plan: PrunePlan, kind: str, overrides: Overrides | None
+    copied: Mapping[str, KeyValue], file: GgufFile, plan: PrunePlan, kind: str, made_by: str | None
 ) -> dict[str, KeyValue]:
-    """The base file's metadata with what pruning changes."""
+    """The base file's metadata with what pruning changes; `made_by` is that of the new weights, None without any."""
     entries = dict(copied)
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
-    if all(layout.untouched(layer, plan) for layer in plan.layers) and not overrides:
+    if all(layout.untouched(layer, plan) for layer in plan.layers) and not made_by:
         return entries
     if kind == STOCK:
         width, count = plan.layers[0].widths[0], len(plan.layers[0].router)
@@ -226,8 +240,8 @@ def _entries(
             entries[f"general.dataset.{index}.name"] = KeyValue(name, V.STRING)
     entries.pop("general.size_label", None)  # it counts parameters and experts, and they have changed
     entries |= cut.entries(plan, kind)
-    if overrides:
-        entries[f"{cut.KEY}weights"] = KeyValue(overrides.origin.made_by, V.STRING)
+    if made_by:
+        entries[f"{cut.KEY}weights"] = KeyValue(made_by, V.STRING)
     return entries
 
 

@@ -1,0 +1,111 @@
+"""The best file for a budget of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .cli_options import (
+    FILE,
+    backend_option,
+    data_option,
+    device_option,
+    load_runtime,
+    make_terminal,
+    output_options,
+    pre_tokenizer_option,
+    windows_option,
+)
+from .sources import Source
+
+if TYPE_CHECKING:
+    from .fit import Ask
+    from .prepare import Job
+    from .recipe import Recipe
+    from .terminal import Terminal
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option(
+    "--memory", "budget", metavar="SIZE", required=True,
+    help="Weights, KV cache, compute buffers and the process stay below this, as 12GiB or 800MiB.",
+)  # fmt: skip
+@click.option("--ctx", default=8192, show_default=True, help="Tokens of the context that has to fit too.")
+@data_option
+@click.option(
+    "--eval", "evaluation", type=FILE, multiple=True, required=True,
+    help="Text to choose by, held out; the mean over all of them counts. May be repeated.",
+)  # fmt: skip
+@click.option(
+    "--quant", "targets", multiple=True, metavar="TYPE",
+    help="Type to choose from. May be repeated.  [default: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K]",
+)  # fmt: skip
+@click.option("--method", default="auto", show_default=True, help="How to prune; `gguftool methods` lists them.")
+@click.option(
+    "--refit",
+    default=None,
+    type=click.Choice(["plain", "sequential"]),
+    help="Refit what stays.  [default: by the method]",
+)
+@click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
+@click.option("--all", "every", is_flag=True, help="Measure every candidate that fits.")
+@click.option("--dry-run", is_flag=True, help="Say which files fit and how much would go; calibrate and build nothing.")
+@click.option(
+    "--window", "n_ctx", default=512, show_default=True, help="Tokens in a window of calibration and evaluation."
+)
+@windows_option
+@click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
+@click.option("--calibration-memory", metavar="SIZE", help="Stay below so much while calibrating and refitting.")
+@pre_tokenizer_option
+@device_option
+@backend_option
+@output_options
+def fit(
+    model: Path, budget: str, ctx: int, data: tuple[Source, ...], evaluation: tuple[Path, ...], targets: tuple[str, ...],
+    method: str, refit: str | None, out: Path, every: bool, dry_run: bool, n_ctx: int, windows: int | None,
+    eval_windows: int | None, calibration_memory: str | None, pre_tokenizer: str | None, device: str, backend: str,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Find the best file for a budget of memory: how much to prune and how to quantize, together.
+
+    gguftool fit MODEL --memory 12GiB --ctx 8192 --data code.txt --eval held_out.txt -o out
+
+    MODEL is a checkpoint directory or a GGUF. For each type the unpruned file is a candidate where it fits, else the one
+    of which the least goes; what they cost is measured, and the best one is made and checked against the budget in a
+    process that fills the context. Resumable.
+    """
+    from .prepare import Job
+    from .recipe import Recipe
+
+    terminal = make_terminal(as_json, quiet)
+    ask = make_ask(budget, ctx, Recipe(method, 0.0), targets, refit, every)
+    found, llama = load_runtime(backend)
+    with terminal.progress() as progress:
+        job = Job(
+            model=model, calibration=data, evaluation=evaluation, runtime=found, llama=llama, progress=progress,
+            n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
+            memory=calibration_memory,
+        )  # fmt: skip
+        show_fit(terminal, job, out, ask, dry_run)
+
+
+def make_ask(
+    budget: str, ctx: int, recipe: Recipe, targets: Sequence[str], refit: str | None, every: bool = False
+) -> Ask:
+    """What is asked of `fit.run`; no target stands for the usual ones."""
+    from .fit import TARGETS, Ask
+    from .memory import parse_bytes
+
+    return Ask(parse_bytes(budget), ctx, recipe, tuple(targets) or TARGETS, refit or "", every)
+
+
+def show_fit(terminal: Terminal, job: Job, out: Path, ask: Ask, dry_run: bool = False) -> None:
+    """Runs `fit` and shows what it says."""
+    from .fit import run
+
+    report = run(job, out, ask, terminal.say, dry_run=dry_run)
+    terminal.show(report.as_dict(), report.table(), *report.lines())
