@@ -141,6 +141,8 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
         if key in given:
             given[key] = parse(given[key])
     given = {_KEYS.get(key, key): value for key, value in given.items()}
+    if given.get("fit") and given.get("ratio") is not None:
+        raise click.UsageError("--fit finds the ratio; leave --ratio and --keep out")
     if "fit" in given:
         given.setdefault("ratio", None)  # the recipe's own goes
     recipe = replace(recipe or RunRecipe(), **given)

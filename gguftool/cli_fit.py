@@ -72,8 +72,6 @@ def fit(
 ) -> None:  # fmt: skip
     """Find the best file for a budget of memory: how much to prune and how to quantize, together.
 
-    gguftool fit MODEL --memory 12GiB --ctx 8192 --data code.txt --eval held_out.txt -o out
-
     MODEL is a checkpoint directory or a GGUF. For each type the unpruned file is a candidate where it fits, else the one
     of which the least goes; what they cost is measured, and the best one is made and checked against the budget in a
     process that fills the context. Resumable.

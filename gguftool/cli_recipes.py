@@ -62,7 +62,8 @@ def verify(folder: Path, fast: bool, scratch: Path | None, as_json: bool, quiet:
     how = "as they were made" if fast else "made again, byte for byte the same"
     terminal.show(facts | {"failures": list(was.failures)}, *([] if found else [f"{len(was.files)} files {how}"]))
     if found:
-        raise GgufToolError(f"{folder}: differences: {len(found)}\n" + "\n".join(f"  {line}" for line in found))
+        count = f"{len(found)} difference{'s' if len(found) > 1 else ''}"
+        raise GgufToolError(f"{folder}: {count}: {'; '.join(found)}")
     if was.failures:
         raise GgufToolError(
             f"{folder}: the files are what was made, but that run was not done: {'; '.join(was.failures)}"
