@@ -99,17 +99,18 @@ class Result:
 
 
 class Worker:
-    """A process with one loaded model (bench_worker)."""
+    """A process with one loaded model: `program` is bench_worker or one that answers as it does."""
 
     def __init__(
-        self, runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True
-    ) -> None:
+        self, runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True,
+        program: str = "gguftool.bench_worker",
+    ) -> None:  # fmt: skip
         self.model = model
         settings = asdict(options) | {"routes": routes}
         command = [
             sys.executable,
             "-m",
-            "gguftool.bench_worker",
+            program,
             str(runtime.lib_dir),
             str(model),
             json.dumps(settings),
@@ -126,12 +127,12 @@ class Worker:
         )  # fmt: skip
         self._answer()
 
-    def ask(self, do: str, n: int = 0, seed: int = 0) -> dict[str, Any]:
+    def ask(self, do: str, n: int = 0, seed: int = 0, **more: Any) -> dict[str, Any]:
         """One question (see bench_worker). Raises GgufToolError where the process failed."""
         stream: IO[str] | None = self.process.stdin
         assert stream is not None
         with suppress(BrokenPipeError):  # it is gone, and _answer says how
-            stream.write(json.dumps({"do": do, "n": n, "seed": seed}) + "\n")
+            stream.write(json.dumps({"do": do, "n": n, "seed": seed, **more}) + "\n")
             stream.flush()
         return self._answer()
 
@@ -162,10 +163,11 @@ class Worker:
 
 @contextmanager
 def working(
-    runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True
-) -> Iterator[Worker]:
+    runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True,
+    program: str = "gguftool.bench_worker",
+) -> Iterator[Worker]:  # fmt: skip
     """A worker that ends with the block, however that ends."""
-    worker = Worker(runtime, model, options, routes=routes, huge_pages=huge_pages)
+    worker = Worker(runtime, model, options, routes=routes, huge_pages=huge_pages, program=program)
     try:
         yield worker
     finally:

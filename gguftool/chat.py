@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from .errors import GgufToolError
 from .gguf_file import GgufFile
+from .strict_json import GARBLED, parse
 
 Message = dict[str, Any]
 
@@ -87,8 +88,13 @@ class ChatTemplate:
         only = self.sources["default"] if len(self.sources) == 1 else json.dumps(dict(sorted(self.sources.items())))
         return hashlib.sha256(only.encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> str:
-        """The text of a conversation. Raises GgufToolError, which names `where`, if the template refuses it."""
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str, *, reply: bool = False
+    ) -> str:  # fmt: skip
+        """The text of a conversation, with `reply` up to where the model is to answer.
+
+        Raises GgufToolError, which names `where`, if the template refuses it.
+        """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -97,10 +103,12 @@ class ChatTemplate:
             source = FIXED_DAY + source
         try:
             with _limited(SECONDS):
-                rendered, _ = render_jinja_template([list(messages)], tools=tools, chat_template=source, **self.special)
+                rendered, _ = render_jinja_template(
+                    [list(messages)], tools=tools, chat_template=source, add_generation_prompt=reply, **self.special
+                )
         except _TooLong as error:
             raise GgufToolError(f"{where}: the chat template ran longer than {SECONDS:g} s") from error
-        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+        except (TemplateError, *GARBLED) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise GgufToolError(f"{where}: the chat template refuses the conversation ({reason})") from error
         return str(rendered[0])
@@ -207,8 +215,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     found = {key: value for key, value in call.items() if value is not None}
     target = dict(found["function"]) if isinstance(found.get("function"), Mapping) else found
     if isinstance(target.get("arguments"), str):
-        with suppress(json.JSONDecodeError):  # else the template writes what the model wrote
-            target["arguments"] = json.loads(target["arguments"])
+        with suppress(ValueError):  # else the template writes what the model wrote
+            target["arguments"] = parse(target["arguments"], strict=False)
     return found | {"function": target} if target is not found else found
 
 
@@ -220,9 +228,9 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
 def _listed(value: Any, name: str, where: str) -> list[Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise GgufToolError(f"{where}: {name!r} is a string, and no JSON ({error.msg})") from error
+            value = parse(value, strict=False)
+        except ValueError as error:
+            raise GgufToolError(f"{where}: {name!r} is a string, and no JSON ({error})") from error
     if not isinstance(value, list):
         raise GgufToolError(f"{where}: {name!r} is no list")
     return value

@@ -69,15 +69,17 @@ def quantize(
     imatrix: CalibrationStats | None = None,
     force: bool = False,
     allow_requantize: bool = False,
+    dry_run: bool = False,
 ) -> Quantized:
-    """Writes `source` as `out` in the encoding `target`; `source` is only read.
+    """Writes `source` as `out` in the encoding `target`; `source` is only read. `dry_run`: checks and counts only.
 
     Raises:
         GgufToolError: an unknown target, an output that exists, too little disk, a source that is quantized already,
             an encoding that needs an importance matrix and has none, a failure of llama-quantize (its own words are
             given), or a result in which a tensor has another type than was asked for. No output is left behind.
     """
-    check_output(out, force, source)
+    if not dry_run:
+        check_output(out, force, source)
     if not tools.binary.is_file():
         raise GgufToolError(f"{tools.binary}: no llama-quantize there; build the runtime first")
     file = GgufFile(source)
@@ -85,8 +87,11 @@ def quantize(
     if not allow_requantize:
         _refuse_requantizing(file, specs)
     header = source.stat().st_size - sum(spec.padded_bytes for spec in file.tensors)
-    check_space(out, sum(spec.padded_bytes for spec in specs) + max(header, 0) + _ADDED_KVS)
+    expected = sum(spec.padded_bytes for spec in specs) + max(header, 0)
+    check_space(out, expected + _ADDED_KVS)
     entries = _entries_for(file, target, specs, imatrix)
+    if dry_run:
+        return Quantized(out, expected, specs)
     with replacing(out) as partial, scratch(out.with_name(f".{out.name}.quantize")) as work:
         (work / "types.txt").write_text(_type_lines(specs), encoding="utf-8")
         options = ["--tensor-type-file", "types.txt"]
