@@ -179,7 +179,7 @@ class Divergence:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers; an estimate x becomes `x` and `x_err`."""
-        out: dict[str, Any] = {"kld": asdict(self.kld), "tokens": self.tokens}
+        out: dict[str, Any] = {"kld": asdict(self.kld) | {"histogram": list(self.kld.histogram)}, "tokens": self.tokens}
         for name in ("ln_ppl_ratio", "same_top", "mean_dp", "rms_dp"):
             value, error = getattr(self, name)
             out |= {name: value, f"{name}_err": error}

@@ -271,7 +271,7 @@ def test_stable_keys(llama: Any, base_gguf: Path, eval_text: Path, quantized: di
     assert json.loads(json.dumps(got)) == got
     for side, path in (("base", base_gguf), ("pruned", quantized["Q4_0"])):
         assert got[side]["bytes"] == path.stat().st_size and got[side]["ppl"] > 1 and got[side]["ppl_err"] > 0
-    assert {"mean", "err", "median", "p90", "p95", "p99", "p999", "max"} == set(got["kld"])
+    assert {"mean", "err", "median", "p90", "p95", "p99", "p999", "max", "histogram"} == set(got["kld"])
     assert {"ln_ppl_ratio", "ln_ppl_ratio_err", "same_top", "same_top_err", "rms_dp", "rms_dp_err"} <= set(got)
     assert (got["n_ctx"], got["windows"], got["tokens"]) == (128, 1, 63)
     assert len(got["text_sha256"]) == 64 and got["backend"] == "cpu"
