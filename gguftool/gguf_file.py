@@ -47,8 +47,8 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         """Raises GgufToolError for a file that is missing, truncated, hostile or no GGUF."""
         self.path = path
-        self._identity = identity(path)
         self._header = Header(path)
+        self._identity = identity(path)
         self._offsets: dict[str, int] = {}
         self._end = 0
         self.tensors = tuple(self._spec(entry) for entry in self._header.tensors)

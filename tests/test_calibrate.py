@@ -326,8 +326,10 @@ def test_a_stopped_run_goes_on_and_ends_the_same(checkpoints, whole, tmp_path, w
 
 def test_a_failed_save_loses_nothing(checkpoints, whole, tmp_path):
     checkpoint, work, out = checkpoints["qwen3_moe"], tmp_path / "work", tmp_path / "stats.safetensors"
+    (tmp_path / "file").touch()
     with pytest.raises(GgufToolError, match="cannot be written"):
-        calibrate(checkpoint, DOMAINS, work, batch=2, out=tmp_path / "missing" / "stats.safetensors")
+        calibrate(checkpoint, DOMAINS, work, batch=2, out=tmp_path / "file" / "stats.safetensors")
+    (tmp_path / "file").unlink()
     again = Stop()
     stats = calibrate(checkpoint, DOMAINS, work, batch=2, progress=again, out=out)
     assert again.seen == []  # no layer ran again

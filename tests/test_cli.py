@@ -215,7 +215,7 @@ def test_a_wrong_recipe_is_refused_before_the_first_step(checkpoint_dir, tmp_pat
     for wrong, message in (
         (["--method", "reep"], "reap"),
         (["--criterion", "x"], "criterion"),
-        (["--ctx", "3"], "--ctx 3"),
+        (["--ctx", "3"], "ctx 3 is less than 4"),
     ):
         said = gguftool(
             "compress", checkpoint_dir, "--ratio", "0.4", "--data", text, "--eval", text, "-o", tmp_path, *wrong, code=1

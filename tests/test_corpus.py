@@ -139,7 +139,7 @@ def test_what_is_wrong_with_a_text_is_said(tmp_path, name, content, message):
 def test_a_missing_text(tmp_path):
     with pytest.raises(GgufToolError, match="no such text file"):
         load_domain(tmp_path / "a.txt", Letters(), 4)
-    with pytest.raises(GgufToolError, match="no such text file"):
+    with pytest.raises(GgufToolError, match="no text file but a folder"):
         load_domain(tmp_path, Letters(), 4)
 
 

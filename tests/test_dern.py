@@ -86,7 +86,7 @@ def test_importance_survives_the_disk_and_is_checked(tmp_path):
     text = (tmp_path / "plan.json").read_text()
     for wrong in ("[1.0]", "[1.0, -1.0]", "[1.0, Infinity]"):
         (tmp_path / "bad.json").write_text(text.replace(json.dumps([2 / 3, 1 / 3]), wrong))
-        with pytest.raises(GgufToolError, match="layer 0: the importance is not 2"):
+        with pytest.raises(GgufToolError, match="layer 0: the importance is not 2|Infinity is no number"):
             PrunePlan.load(tmp_path / "bad.json")
 
 

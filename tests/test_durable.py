@@ -20,6 +20,7 @@ from gguftool.overrides import Origin, writing
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
 from gguftool.report import Report
+from gguftool.report_files import publish
 from gguftool.sensitivity import LayerCost, Sensitivity, conditions
 from gguftool.sweep import Store
 from gguftool.tensors import TensorSpec
@@ -77,7 +78,7 @@ def write_weights(folder: Path) -> None:
 
 
 def write_report(folder: Path) -> None:
-    report().save(folder)
+    publish(report(), folder)
 
 
 def write_gguf_file(folder: Path) -> None:
@@ -119,7 +120,7 @@ WRITERS = {
     write_stats: ["stats.safetensors"],
     write_plan: ["plan.json"],
     write_weights: ["weights.safetensors"],
-    write_report: ["report.json", "report.md"],
+    write_report: ["report.html", "report.md", "report.json"],
     write_gguf_file: ["model.gguf"],
     write_state: ["state.json", "state.json"],
     write_row: None,
@@ -175,13 +176,21 @@ EXCEPTIONS = {
     ("routes", "allocate", "open"): "a mapping that lives as long as a layer, cleared by the next run",
     ("quantize", "quantize", "write_text"): "in a scratch folder, read by llama-quantize",
     ("selftest_worker", "_run", "savez"): "in the parent's temporary folder",
-    ("bench_worker", "main", "open"): "the pipe of the answers",
+    ("bench_worker", "serve", "open"): "the pipe of the answers",
+    ("budget_worker", "main", "open"): "the pipe of the answers",
+    ("loading", "_serve", "open"): "the pipe of the answers",
+    ("runs", "carry_out", "save"): "recipe_file.save, which writes by durable",
+    ("demo", "unpack", "write_bytes"): "the partial file of replacing",
+    ("fit_measure", "file", "replace"): "a finished file gets another name in the scratch folder",
+    ("fit_measure", "keep", "replace"): "a finished file gets the name of a step, which flushes it",
+    ("gguf_file", "write_sparse", "open"): "a skeleton in a scratch folder, run and removed",
     ("builtin", "unpack", "copyfile"): "in a partial folder, flushed before it is renamed",
     ("builtin", "unpack", "rename"): "the rename of that folder",
     ("builtin", "_write_stamp", "write_text"): "in that folder",
     ("builtin", "_write_bf16", "open"): "in that folder",
     ("random_checkpoint", "write_random_checkpoint", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "first_layers", "write_text"): "a benchmark's temporary folder",
+    ("random_checkpoint", "_write_index", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "first_layers", "symlink"): "a benchmark's temporary folder",
     ("random_checkpoint", "_write_shard", "open"): "a benchmark's temporary folder",
     ("runtime_build", "_download", "write_text"): "in a scratch folder, read by pip",
