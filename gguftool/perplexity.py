@@ -195,7 +195,7 @@ def open_session(
     try:
         llama.llama_backend_init()
         yield Session(
-            llama, log, n_ctx, threads or _usable_cpus(), n_gpu_layers, backend, n_ubatch, devices, parse_special
+            llama, log, n_ctx, threads or usable_cpus(), n_gpu_layers, backend, n_ubatch, devices, parse_special
         )
     finally:
         llama.llama_log_set(before, data)
@@ -369,7 +369,8 @@ class LoadedModel(Loaded):
         return digest.digest()
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """Processors that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system

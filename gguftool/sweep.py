@@ -26,6 +26,7 @@ from .chat import template_of_gguf
 from .checkpoint import open_checkpoint
 from .corpus import load_domains, read_scored
 from .coverage import coverage
+from .durable import settle, write_text
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many, pool
 from .gguf_file import GgufFile
@@ -188,12 +189,8 @@ class Store:
 
     def save(self, key: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
         """Keeps a measurement; the file appears whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(key)
-        partial = path.with_name(f"{path.name}.partial")
         facts = {"format": ROW_FORMAT, "version": ROW_VERSION, "key": key, "measured": measured}
-        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(self.path(key), json.dumps(facts, indent=1) + "\n")
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """Where the measurement of a key is."""
@@ -305,7 +302,7 @@ class _Bench:
                 (candidate, self._make(candidate, work)) for candidate in cell if not paths[candidate.digest].exists()
             ]
             for candidate, path in made:
-                path.replace(paths[candidate.digest])
+                settle(path, paths[candidate.digest])
             shutil.rmtree(work.folder)
         return [(candidate, paths[candidate.digest]) for candidate in cell]
 
@@ -340,7 +337,7 @@ class _Bench:
             kept = self._kept(candidate)
             if self.grid.keep_files and path != kept:
                 kept.parent.mkdir(exist_ok=True)
-                path.replace(kept)
+                settle(path, kept)
             elif path != kept:
                 path.unlink()
 
