@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import GgufToolError
+from .processes import ending
 from .random_model import SHAPES, ModelShape, active_bytes, pruned_widths, split_widths, write_random_model
 from .runtime import Runtime
 from .tensors import BLOCKS
@@ -98,17 +99,18 @@ class Result:
 
 
 class Worker:
-    """A process with one loaded model (bench_worker)."""
+    """A process with one loaded model: `program` is bench_worker or one that answers as it does."""
 
     def __init__(
-        self, runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True
-    ) -> None:
+        self, runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True,
+        program: str = "gguftool.bench_worker",
+    ) -> None:  # fmt: skip
         self.model = model
         settings = asdict(options) | {"routes": routes}
         command = [
             sys.executable,
             "-m",
-            "gguftool.bench_worker",
+            program,
             str(runtime.lib_dir),
             str(model),
             json.dumps(settings),
@@ -125,12 +127,13 @@ class Worker:
         )  # fmt: skip
         self._answer()
 
-    def ask(self, do: str, n: int = 0, seed: int = 0) -> dict[str, Any]:
+    def ask(self, do: str, n: int = 0, seed: int = 0, **more: Any) -> dict[str, Any]:
         """One question (see bench_worker). Raises GgufToolError where the process failed."""
         stream: IO[str] | None = self.process.stdin
         assert stream is not None
-        stream.write(json.dumps({"do": do, "n": n, "seed": seed}) + "\n")
-        stream.flush()
+        with suppress(BrokenPipeError):  # it is gone, and _answer says how
+            stream.write(json.dumps({"do": do, "n": n, "seed": seed, **more}) + "\n")
+            stream.flush()
         return self._answer()
 
     def seconds(self, do: str, n: int, seed: int) -> float:
@@ -141,7 +144,9 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise GgufToolError(f"{self.model.name}: the process ended with code {self.process.wait()}")
+            raise GgufToolError(
+                f"{self.model.name}: the benchmark's process gave no answer: {ending(self.process.wait())}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise GgufToolError(answer["error"])
@@ -150,17 +155,19 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
 
 @contextmanager
 def working(
-    runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True
-) -> Iterator[Worker]:
+    runtime: Runtime, model: Path, options: Options, *, routes: bool = False, huge_pages: bool = True,
+    program: str = "gguftool.bench_worker",
+) -> Iterator[Worker]:  # fmt: skip
     """A worker that ends with the block, however that ends."""
-    worker = Worker(runtime, model, options, routes=routes, huge_pages=huge_pages)
+    worker = Worker(runtime, model, options, routes=routes, huge_pages=huge_pages, program=program)
     try:
         yield worker
     finally:

@@ -21,6 +21,7 @@ import numpy as np
 
 from .bench import Ratio
 from .errors import GgufToolError
+from .processes import ending
 from .random_checkpoint import N_LAYERS, first_layers, layer_parameters, shape_named, write_random_checkpoint
 from .random_model import ModelShape
 
@@ -167,7 +168,8 @@ def _watched(job: Mapping[str, Any]) -> tuple[dict[str, Any], int, int]:
         out.seek(0)
         err.seek(0)
         if process.returncode:
-            lines = err.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            lines = err.read().strip().splitlines() if process.returncode > 0 else []
+            lines = lines or [ending(process.returncode)]
             raise GgufToolError(f"the benchmark's process failed: {lines[-1]}")
         return json.loads(out.read().splitlines()[-1]), peak, mapped
 

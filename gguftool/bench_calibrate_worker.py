@@ -28,7 +28,7 @@ from .forward import Windows
 from .loader import LayerLoader
 from .memory import parse_bytes, parse_dtype, plan_memory
 from .recorders import neurons_of
-from .stats import Domain
+from .stats import CalibrationStats, Domain
 
 
 class Clock:
@@ -64,6 +64,13 @@ class Clock:
 
 def run_calibrate(checkpoint: Checkpoint, windows: Windows, options: dict[str, Any], obs: bool) -> dict[str, Any]:
     """One calibration as the command does it: seconds, and what went where."""
+    return timed_calibrate(checkpoint, windows, options, obs)[1]
+
+
+def timed_calibrate(
+    checkpoint: Checkpoint, windows: Windows, options: dict[str, Any], obs: bool
+) -> tuple[CalibrationStats, dict[str, Any]]:
+    """What `run_calibrate` says, and the statistics."""
     limit = parse_bytes(options["memory"]) if options.get("memory") else None
     domains = [(Domain("random", "0" * 64, windows.size), windows)]
     how = plan_memory(
@@ -76,7 +83,7 @@ def run_calibrate(checkpoint: Checkpoint, windows: Windows, options: dict[str, A
         stats = calibrate(checkpoint, domains, Path(options["work"]), how=how, obs=obs, progress=clock)
     seconds = time.perf_counter() - start
     arrays = [*stats.experts.values(), *stats.neurons.values(), stats.expert_inputs, *stats.linears.values()]
-    return {
+    return stats, {
         "seconds": seconds, "solving": clock.solving, "loading": clock.loading, "batch": how.batch, "plan": str(how),
         "statistics_bytes": sum(value.nbytes for value in arrays), "layer_bytes": how.needs.layer,
         "hidden_bytes": how.needs.hidden, "moment_bytes": how.needs.moment * how.needs.n_expert,

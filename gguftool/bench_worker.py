@@ -57,19 +57,25 @@ class Session:
         self.model = llama_cpp.llama_model_load_from_file(model.encode(), params)
         if not self.model:
             raise RuntimeError(f"{model} does not load: {''.join(self.log[-3:]).strip()}")
-        context = llama_cpp.llama_context_default_params()
-        context.n_ctx = context.n_batch = context.n_ubatch = UBATCH
-        context.n_threads = context.n_threads_batch = options["threads"]
-        context.no_perf = True
-        if options["routes"]:
-            self.keep.append(llama_cpp.ggml_backend_sched_eval_callback(self._tap))
-            context.cb_eval = self.keep[-1]
-        self.context = llama_cpp.llama_init_from_model(self.model, context)
-        if not self.context:
-            raise RuntimeError(f"{model}: no context: {''.join(self.log[-3:]).strip()}")
+        self.threads = options["threads"]
+        self.context = self.new_context(options["routes"])
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(UBATCH, 0, 1)
         self.before = before
+
+    def new_context(self, watched: bool) -> Any:
+        """A context of UBATCH tokens; a watched one tells which experts were chosen, which costs time."""
+        context = self.llama.llama_context_default_params()
+        context.n_ctx = context.n_batch = context.n_ubatch = UBATCH
+        context.n_threads = context.n_threads_batch = self.threads
+        context.no_perf = True
+        if watched:
+            self.keep.append(self.llama.ggml_backend_sched_eval_callback(self._tap))
+            context.cb_eval = self.keep[-1]
+        made = self.llama.llama_init_from_model(self.model, context)
+        if not made:
+            raise RuntimeError(f"no context: {''.join(self.log[-3:]).strip()}")
+        return made
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """`do` is prompt (n tokens at once), generate (n tokens one by one), routes (of a generation), logits or memory."""
@@ -96,12 +102,13 @@ class Session:
             return {"logits": [row[i] for i in range(self.n_vocab)]}
         return {"seconds": seconds, "cpu_seconds": time.process_time() - cpu}
 
-    def _decode(self, tokens: NDArray[np.int32], start: int) -> None:
-        """Asks for the logits of every token, so that the last layer has as much to do as the others."""
+    def _decode(self, tokens: NDArray[np.int32], start: int, every: bool = True) -> None:
+        """Asks for the logits of every token, so that the last layer has as much to do as the others, or of the last only."""
         batch = self.batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), start + i, 1, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), start + i, 1
+            batch.logits[i] = every or i == len(tokens) - 1
             batch.seq_id[i][0] = 0
         if status := self.llama.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode gave {status}")
@@ -142,18 +149,27 @@ def _resident() -> int:
 
 
 def _peak() -> int:
-    """Most bytes resident so far."""
+    """Most bytes resident so far.
+
+    Linux hands getrusage's number on from the process that started this one, so that it would be that one's peak.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main() -> None:
+def serve(session_type: type[Session]) -> None:
+    """The program: loads the model that the arguments name and answers until its input ends."""
     lib_dir, model, options = sys.argv[1:]
     # llama.cpp may print to the standard output; the answers have their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
-        session = Session(lib_dir, model, json.loads(options))
+        session = session_type(lib_dir, model, json.loads(options))
         print(json.dumps({"ready": True}), file=answers)
         for line in sys.stdin:
             print(json.dumps(session.answer(json.loads(line))), file=answers)
@@ -162,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Session)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import flush, flush_folder
 from .errors import GgufToolError
 
 DATA = Path(__file__).parent / "builtin_data"
@@ -56,9 +57,12 @@ def unpack(directory: Path) -> Path:
             shutil.copyfile(_data_file(name), partial / name)
         _write_bf16(partial / "model.safetensors", dict(sorted(_weights())))
         _write_stamp(partial, fingerprint)
+        for path in partial.iterdir():
+            flush(path)
+        flush_folder(partial)
         _remove(directory)
         try:
-            partial.rename(directory)
+            os.rename(partial, directory)
         except OSError:  # another process came first; what it unpacked is as good
             if not _is_unpacked(directory, fingerprint):
                 raise

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import GgufToolError
 from .gguf_file import GgufFile
+from .strict_json import GARBLED, parse
 
 Message = dict[str, Any]
 
@@ -29,6 +32,35 @@ FIXED_DAY = (
     '{%- macro strftime_now(format) -%}{%- if format.startswith("%Y-") -%}2025-01-01{%- else -%}01 Jan 2025{%- endif -%}'
     "{%- endmacro %}\n"
 )
+
+# A conversation takes a template milliseconds.
+SECONDS = 30.0
+
+
+class _TooLong(BaseException):
+    """Raised in the middle of a template; not an Exception, which what the template calls might catch."""
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises _TooLong in a block that takes longer. The sandbox of templates bounds a loop, not loops within loops.
+
+    Nothing is bounded where there is no such alarm: on Windows, and outside of the main thread.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Chats(Protocol):
@@ -56,8 +88,13 @@ class ChatTemplate:
         only = self.sources["default"] if len(self.sources) == 1 else json.dumps(dict(sorted(self.sources.items())))
         return hashlib.sha256(only.encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> str:
-        """The text of a conversation. Raises GgufToolError, which names `where`, if the template refuses it."""
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str, *, reply: bool = False
+    ) -> str:  # fmt: skip
+        """The text of a conversation, with `reply` up to where the model is to answer.
+
+        Raises GgufToolError, which names `where`, if the template refuses it.
+        """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -65,8 +102,13 @@ class ChatTemplate:
         if "strftime_now" in source:
             source = FIXED_DAY + source
         try:
-            rendered, _ = render_jinja_template([list(messages)], tools=tools, chat_template=source, **self.special)
-        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+            with _limited(SECONDS):
+                rendered, _ = render_jinja_template(
+                    [list(messages)], tools=tools, chat_template=source, add_generation_prompt=reply, **self.special
+                )
+        except _TooLong as error:
+            raise GgufToolError(f"{where}: the chat template ran longer than {SECONDS:g} s") from error
+        except (TemplateError, *GARBLED) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise GgufToolError(f"{where}: the chat template refuses the conversation ({reason})") from error
         return str(rendered[0])
@@ -173,8 +215,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     found = {key: value for key, value in call.items() if value is not None}
     target = dict(found["function"]) if isinstance(found.get("function"), Mapping) else found
     if isinstance(target.get("arguments"), str):
-        with suppress(json.JSONDecodeError):  # else the template writes what the model wrote
-            target["arguments"] = json.loads(target["arguments"])
+        with suppress(ValueError):  # else the template writes what the model wrote
+            target["arguments"] = parse(target["arguments"], strict=False)
     return found | {"function": target} if target is not found else found
 
 
@@ -186,9 +228,9 @@ def _tools(tools: Any, where: str) -> list[Any] | None:
 def _listed(value: Any, name: str, where: str) -> list[Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise GgufToolError(f"{where}: {name!r} is a string, and no JSON ({error.msg})") from error
+            value = parse(value, strict=False)
+        except ValueError as error:
+            raise GgufToolError(f"{where}: {name!r} is a string, and no JSON ({error})") from error
     if not isinstance(value, list):
         raise GgufToolError(f"{where}: {name!r} is no list")
     return value

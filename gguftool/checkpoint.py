@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from .architectures import Architecture, for_model_type
+from .durable import check_unchanged, identity
 from .errors import GgufToolError
 from .stored import StoredTensor, dequantize_mxfp4, first_line, map_tensor, pieces, stored_tensors
+from .strict_json import parse
 
 # Tensors of old checkpoints that are recomputed, not loaded (llama.cpp's converter skips the same ones).
 IGNORED = (".rotary_emb.inv_freq",)
@@ -60,6 +62,7 @@ class Checkpoint:
         path: its directory. name: the directory's name, or the last part of the hub id.
         tensors: by name, in the order in which llama.cpp's converter meets them.
         fingerprint: sha256 over config.json and name, type, shape and ten pieces of 4 KiB of every tensor.
+        files: what its files were when it was opened, for `check_unchanged`.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, StoredTensor]
     fingerprint: str
+    files: Mapping[Path, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
@@ -216,14 +220,20 @@ class Checkpoint:
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer. Raises GgufToolError where it has none that can be loaded."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
             # Without its files transformers makes an empty one of the architecture's class.
             works = bool(tokenizer.encode("word", add_special_tokens=False))
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # tokenizers raises plain Exceptions, and its panics are none even of these
             raise GgufToolError(f"{self.path}: its tokenizer cannot be loaded ({first_line(error)})") from error
         if not works:
             raise GgufToolError(f"{self.path}: its tokenizer cannot be loaded (no tokenizer.json)")
         return tokenizer
+
+    def check_unchanged(self) -> None:
+        """Raises GgufToolError where a file was written to or replaced since the checkpoint was opened."""
+        check_unchanged(self.files)
 
     def read_source(self, source: Source) -> Tensor:
         """The values of a piece, [rows, columns] or what the tensor is."""
@@ -281,23 +291,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raw, fields = _read_config(directory)
     architecture = for_model_type(str(fields.get("model_type")))
     _check_variant(directory, architecture, fields)
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GgufToolError(f"{directory}: config.json is refused by transformers ({first_line(error)})") from error
     tensors = stored_tensors(directory)
+    _check_counts(directory, fields, len(tensors))
+    try:
+        # Code that a checkpoint brings along is never run, and nobody is asked whether it may be.
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+    except Exception as error:  # of many kinds, transformers' and huggingface_hub's own among them
+        raise GgufToolError(f"{directory}: config.json is refused by transformers ({first_line(error)})") from error
     name = Path(path).resolve().name if Path(path).is_dir() else str(path).rpartition("/")[2]
-    checkpoint = Checkpoint(directory, name, config, architecture, tensors, _fingerprint(raw, tensors))
+    files = {file: identity(file) for file in (directory / "config.json", *{t.file for t in tensors.values()})}
+    checkpoint = Checkpoint(directory, name, config, architecture, tensors, _fingerprint(raw, tensors), files)
     _check_experts(checkpoint)
     return checkpoint
 
 
-def lacks_predictors(directory: Path) -> bool:
+def lacks_predictors(checkpoint: Checkpoint) -> bool:
     """Whether the family's converter asks for layers of multi-token prediction that this checkpoint was stripped of."""
-    try:
-        checkpoint = open_checkpoint(directory)
-    except GgufToolError:
-        return False  # the converter knows more families, and says what is wrong itself
     return checkpoint.architecture.predictors == "kept" and not checkpoint.n_predict
 
 
@@ -321,7 +330,7 @@ def _read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
     """config.json as bytes and as a dictionary."""
     try:
         raw = (directory / "config.json").read_bytes()
-        fields = json.loads(raw)
+        fields = parse(raw, strict=False)
     except FileNotFoundError as error:
         raise GgufToolError(f"{directory}: no config.json; not a Hugging Face checkpoint") from error
     except (ValueError, OSError) as error:
@@ -344,6 +353,19 @@ def _check_variant(directory: Path, row: Architecture, fields: Mapping[str, Any]
     for key, value, why in row.refused:
         if text.get(key) == value:
             raise GgufToolError(f"{directory}: config.json has {key} = {value!r}: {why}")
+
+
+# Counts of config.json by which transformers makes lists.
+_LISTED = ("num_hidden_layers", "num_labels", "num_nextn_predict_layers", "num_mtp_modules")
+
+
+def _check_counts(directory: Path, fields: Mapping[str, Any], n_tensors: int) -> None:
+    """Raises GgufToolError where config.json counts more of something than the checkpoint's tensors allow."""
+    parts = [fields, *(part for part in fields.values() if isinstance(part, dict))]
+    for key in _LISTED:
+        for value in (part[key] for part in parts if key in part):
+            if isinstance(value, int | float) and not value <= max(n_tensors, 1000):
+                raise GgufToolError(f"{directory}: config.json says {key} = {value}; there are {n_tensors} tensors")
 
 
 def _fingerprint(config: bytes, tensors: Mapping[str, StoredTensor]) -> str:
@@ -373,7 +395,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
     for layer in checkpoint.moe_layers:
         if checkpoint._expert_name(layer, n_expert, "down") in checkpoint.tensors:
             raise GgufToolError(f"{checkpoint.path}: layer {layer} has more experts than config.json's {n_expert}")
-        for name, shape in _expert_shapes(checkpoint, layer).items():
+        for name, shape in _expert_shapes(checkpoint, layer):
             found = checkpoint._stored(name).shape
             if found != shape:
                 raise GgufToolError(
@@ -381,19 +403,18 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                 )
 
 
-def _expert_shapes(checkpoint: Checkpoint, layer: int) -> dict[str, tuple[int, ...]]:
-    """Stored name -> shape of everything that a layer's experts are made of."""
+def _expert_shapes(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Stored name and shape of everything that a layer's experts are made of, one by one: the count is config.json's."""
     row = checkpoint.architecture
     n_expert, width, n_embd = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     if not checkpoint.is_stacked(layer):
         shapes: dict[Projection, tuple[int, int]] = {
             "gate": (width, n_embd), "up": (width, n_embd), "down": (n_embd, width)
         }  # fmt: skip
-        return {
-            checkpoint._expert_name(layer, expert, projection): shape
-            for projection, shape in shapes.items()
-            for expert in range(n_expert)
-        }
+        for projection, shape in shapes.items():
+            for expert in range(n_expert):
+                yield checkpoint._expert_name(layer, expert, projection), shape
+        return
     want: dict[str, tuple[int, ...]] = {}
     for leaf, (rows, columns) in (("gate_up_proj", (2 * width, n_embd)), ("down_proj", (n_embd, width))):
         if checkpoint.is_mxfp4(layer):
@@ -403,4 +424,4 @@ def _expert_shapes(checkpoint: Checkpoint, layer: int) -> dict[str, tuple[int, .
             want[leaf] = (n_expert, columns, rows) if row.transposed else (n_expert, rows, columns)
         if row.expert_bias:
             want[f"{leaf}_bias"] = (n_expert, rows)
-    return {checkpoint.stack_name(layer, leaf): shape for leaf, shape in want.items()}
+    yield from ((checkpoint.stack_name(layer, leaf), shape) for leaf, shape in want.items())

@@ -15,16 +15,20 @@ from . import (
     cli_bench,
     cli_calibrate,
     cli_compress,
+    cli_doctor,
     cli_fit,
     cli_gguf,
     cli_plan,
+    cli_recipes,
     cli_refit,
+    cli_report,
     cli_runtime,
     cli_sensitivity,
     cli_stats,
     cli_sweep,
     cli_validate,
 )
+from .cli_examples import add_examples
 from .errors import GgufToolError
 from .processes import process_count, process_rank
 
@@ -63,8 +67,16 @@ def run() -> int:
 def _fail(text: str) -> int:
     if process_rank():
         return 1  # the first of several processes speaks for all
-    click.echo(f"error: {text}", err=True)
+    click.echo(f"error: {one_line(text)}", err=True)
     return 1
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """`text` as one line that a terminal only prints: names out of a file may hold line ends and control characters."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " ").strip()
+    )
+    return shown if len(shown) <= most else shown[:most] + "…"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -83,11 +95,13 @@ def cli(context: click.Context) -> None:
 
 
 for _command in (
-    cli_compress.compress, cli_fit.fit, cli_compress.demo,
+    cli_compress.compress, cli_fit.fit, cli_recipes.recipes, cli_recipes.verify, cli_report.report, cli_compress.demo,
     cli_gguf.convert, cli_calibrate.calibrate, cli_stats.stats, cli_plan.architectures, cli_plan.methods, cli_plan.plan,
     cli_refit.refit, cli_refit.dern,
     cli_gguf.prune, cli_gguf.expand, cli_gguf.quantize, cli_gguf.inspect, cli_validate.validate,
     cli_sensitivity.sensitivity, cli_sweep.sweep,
     cli_runtime.runtime, cli_runtime.run, cli_runtime.serve, cli_bench.bench,
+    cli_doctor.doctor, cli_doctor.completion,
 ):  # fmt: skip
     cli.add_command(_command)
+add_examples(cli)

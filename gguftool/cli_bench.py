@@ -81,7 +81,7 @@ def bench_runtime(
         bench_table(facts),
     )
     if missed:
-        raise GgufToolError("a bar is missed:\n" + "\n".join(f"  {line}" for line in missed))
+        raise GgufToolError("a bar is missed: " + "; ".join(missed))
 
 
 @bench.command("calibrate")
@@ -134,4 +134,4 @@ def bench_calibrate(
     facts = result.as_dict()
     terminal.show({"results": [facts], "missed": facts["missed"]}, *calibrate_bench_tables([facts]))
     if facts["missed"]:
-        raise GgufToolError("a bar is missed:\n" + "\n".join(f"  {line}" for line in facts["missed"]))
+        raise GgufToolError("a bar is missed: " + "; ".join(facts["missed"]))

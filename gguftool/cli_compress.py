@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from .cli_fit import make_ask, no_ratio, show_fit
+from .cli_fit import FIT_CTX, make_ask, show_fit
 from .cli_options import (
     FILE,
     backend_option,
-    data_option,
+    data_option_or_recipe,
     device_option,
+    dry_run_option,
     load_runtime,
-    make_recipe,
     make_terminal,
     memory_options,
     n_ctx_option,
     output_options,
+    parse_depth,
+    parse_mix,
+    point_to_report,
     pre_tokenizer_option,
     recipe_options,
+    report_options,
     windows_option,
 )
-from .sources import Source
+from .errors import GgufToolError
+
+if TYPE_CHECKING:
+    from .recipe_file import RunRecipe
+    from .runs import Step
+
+_GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+# Where the option's variable is not called as the recipe's key.
+_KEYS = {"n_ctx": "ctx", "budget": "fit"}
 
 
 @click.command()
-@click.argument("model", type=FILE)
-@data_option
+@click.argument("model", type=FILE, required=False)
 @click.option(
-    "--eval", "evaluation", type=FILE, multiple=True, required=True, help="Text to judge by; may be repeated."
+    "--recipe",
+    "name",
+    metavar="FILE|NAME",
+    help="Take everything from a recipe file, or from a shipped one (`gguftool recipes`). Options given here go before it.",
 )
-@click.option("--quant", "target", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
+@data_option_or_recipe
+@click.option("--eval", "eval", type=FILE, multiple=True, metavar="FILE", help="Text to judge by; may be repeated.")
+@click.option("--quant", "quant", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
 @click.option(
     "--refit",
     default=None,
@@ -43,57 +62,123 @@ from .sources import Source
 @click.option(
     "--fit", "budget", metavar="SIZE", help="Instead of --ratio: the best file whose run stays below this, see `fit`."
 )
-@click.option("--fit-ctx", default=8192, show_default=True, help="Tokens of the context that --fit counts.")
+@click.option("--fit-ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that --fit counts.")
 @recipe_options("auto")
 @n_ctx_option
 @windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
+@dry_run_option
 @pre_tokenizer_option
 @device_option
 @memory_options
 @backend_option
+@report_options
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="The report shows how both models go on from it; may be repeated.  [default: how the --eval texts begin]",
+)
 @output_options
+@click.pass_context
 def compress(
-    model: Path, data: tuple[Source, ...], evaluation: tuple[Path, ...], target: str | None, refit: str | None, out: Path,
-    n_ctx: int, windows: int | None, eval_windows: int | None, pre_tokenizer: str | None, device: str, dtype: str,
-    memory: str | None, backend: str, as_json: bool, quiet: bool, budget: str | None, fit_ctx: int, **options: Any,
+    context: click.Context, name: str | None, out: Path, dry_run: bool, open_page: bool, no_extras: bool,
+    prompts: tuple[str, ...], as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report at the end.
+    """Do all of it: convert, calibrate, plan, prune, quantize, validate. Resumable; one report, as a page, at the end.
 
-    MODEL is a checkpoint directory, or a GGUF, which is then not converted.
+    MODEL is a checkpoint directory, or a GGUF, which is then not converted. The folder gets the files, the report, and
+    recipe.toml, from which `compress --recipe` makes the same again and `verify` sees whether it is the same. Every file is
+    read again and hashed; a perplexity or a KL divergence that cannot be right, or backends that disagree, are a failure.
     """
-    from .pipeline import compress as run
-    from .prepare import Job
+    from .extras import Extras
+    from .provenance import command_line
+    from .recipe_file import find, load
+    from .runs import Ears, carry_out, job_of, outlook
 
+    recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
-    if budget is not None:
-        options["ratio"] = no_ratio(options)
-    recipe = make_recipe(options, target)
-    found, llama = load_runtime(backend)
-    with terminal.progress() as progress:
-        job = Job(
-            model=model, calibration=data, evaluation=evaluation, runtime=found, llama=llama, progress=progress,
-            n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
-            dtype=dtype, memory=memory,
-        )  # fmt: skip
-        if budget is not None:
-            show_fit(terminal, job, out, make_ask(budget, fit_ctx, recipe, [target] if target else [], refit))
-            return
-        report = run(job, out, recipe, terminal.say, refit=refit or "")
+    if recipe.fit is not None:
+        with terminal.progress() as progress:
+            job = job_of(replace(recipe, fit=None, fit_ctx=None), Ears(progress, terminal.say))
+            pruning, quants = replace(recipe, ratio=0.0).pruning, [recipe.quant] if recipe.quant else []
+            ask = make_ask(recipe.fit, recipe.fit_ctx or FIT_CTX, pruning, quants, recipe.refit)
+            show_fit(terminal, job, out, ask, dry_run)
+        return
+    if dry_run:
+        with terminal.progress() as progress:
+            steps = outlook(recipe, out, Ears(progress, terminal.say))
+        lines = [f"{'is there' if s.there else 'to make ':<9} {_size(s):>12}  {s.name}" for s in steps]
+        terminal.show({"path": str(out), "written": False, "steps": [vars(step) for step in steps]}, *lines)
+        return
+    extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
+    with terminal.live(f"{recipe.model} -> {out}", recipe.quant) as (progress, watch):
+        report = carry_out(recipe, out, Ears(progress, terminal.say, watch), extras)
+    point_to_report(terminal, out, open_page)
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
+    if report.failures:
+        raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
+
+
+def _size(step: Step) -> str:
+    from .report import megabytes
+
+    return "" if step.bytes is None else f"{'' if step.there else 'about '}{megabytes(step.bytes)}"
+
+
+def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[str, Any]) -> RunRecipe:
+    """The recipe (or none) with the options that the user has given; each by the name of its key."""
+    from .recipe_file import RunRecipe
+
+    given = {key: value for key, value in options.items() if context.get_parameter_source(key) in _GIVEN}
+    ratio, keep = given.pop("ratio", None), given.pop("keep", None)
+    if ratio is not None and keep is not None:
+        raise click.UsageError("give either --ratio or --keep")
+    if "budget" in given and (ratio is not None or keep is not None):
+        raise click.UsageError("--fit finds the ratio; leave --ratio and --keep out")
+    if ratio is not None or keep is not None:
+        given["ratio"] = 1 - keep if ratio is None else ratio
+    for key, parse in (("depth", parse_depth), ("mix", parse_mix)):
+        if key in given:
+            given[key] = parse(given[key])
+    given = {_KEYS.get(key, key): value for key, value in given.items()}
+    recipe = replace(recipe or RunRecipe(), **given)
+    for key, option in (("model", "MODEL"), ("data", "--data"), ("eval", "--eval"), ("ratio", "--ratio or --keep")):
+        if key == "ratio" and recipe.fit is not None:
+            continue  # it is what is to be found
+        if not getattr(recipe, key) and getattr(recipe, key) != 0:
+            raise click.UsageError(f"give {option}, or a --recipe that has it")
+    return recipe
 
 
 @click.command()
 @click.option("-o", "out", type=FILE, default=Path("demo-out"), show_default=True, help="Folder for everything.")
 @click.option("--eval-windows", default=24, show_default=True, help="Windows of each evaluation text.")
+@click.option("--unpack", is_flag=True, help="Only write the built-in model and its texts, to try the commands on.")
 @backend_option
+@report_options
 @output_options
-def demo(out: Path, eval_windows: int, backend: str, as_json: bool, quiet: bool) -> None:
-    """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain."""
+def demo(
+    out: Path, eval_windows: int, unpack: bool, backend: str, open_page: bool, no_extras: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
+    """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain.
+
+    `gguftool demo --unpack -o .` only writes the model and its texts into this folder.
+    """
     from .demo import run
+    from .demo import unpack as run_unpack
+    from .extras import Extras
+    from .provenance import command_line
 
     terminal = make_terminal(as_json, quiet)
+    if unpack:
+        written = [str(path) for path in run_unpack(out)]
+        terminal.show({"written": written}, *written)
+        return
     found, llama = load_runtime(backend)
     with terminal.progress() as progress:
-        report = run(out, found, llama, eval_windows, progress, terminal.say)
+        extras = Extras(not no_extras, (), command_line(sys.argv[1:]))
+        report = run(out, found, llama, eval_windows, progress, terminal.say, extras)
+    point_to_report(terminal, out, open_page)
     terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from .terminal import Terminal
 
 
+FIT_CTX = 8192
+
+
 @click.command()
 @click.argument("model", type=FILE)
 @click.option(
     "--memory", "budget", metavar="SIZE", required=True,
     help="Weights, KV cache, compute buffers and the process stay below this, as 12GiB or 800MiB.",
 )  # fmt: skip
-@click.option("--ctx", default=8192, show_default=True, help="Tokens of the context that has to fit too.")
+@click.option("--ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that has to fit too.")
 @data_option
 @click.option(
     "--eval", "evaluation", type=FILE, multiple=True, required=True,
@@ -72,8 +75,6 @@ def fit(
 ) -> None:  # fmt: skip
     """Find the best file for a budget of memory: how much to prune and how to quantize, together.
 
-    gguftool fit MODEL --memory 12GiB --ctx 8192 --data code.txt --eval held_out.txt -o out
-
     MODEL is a checkpoint directory or a GGUF. For each type the unpruned file is a candidate where it fits, else the one
     of which the least goes; what they cost is measured, and the best one is made and checked against the budget in a
     process that fills the context. Resumable.
@@ -101,13 +102,6 @@ def make_ask(
     from .memory import parse_bytes
 
     return Ask(parse_bytes(budget), ctx, recipe, tuple(targets) or TARGETS, refit or "", every)
-
-
-def no_ratio(options: dict[str, Any]) -> float:
-    """The ratio that stands in where the budget decides. Raises UsageError where one was asked for too."""
-    if options["ratio"] is not None or options["keep"] is not None:
-        raise click.UsageError("--fit finds the ratio; leave --ratio and --keep out")
-    return 0.0
 
 
 def show_fit(terminal: Terminal, job: Job, out: Path, ask: Ask, dry_run: bool = False) -> None:

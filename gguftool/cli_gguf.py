@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .cli_options import FILE, force_option, make_terminal, output_options, pre_tokenizer_option
+from .cli_options import FILE, dry_run_option, force_option, make_terminal, output_options, pre_tokenizer_option
 from .errors import GgufToolError
+
+if TYPE_CHECKING:
+    from .tensors import TensorSpec
+    from .terminal import Terminal
 
 
 @click.command()
@@ -15,16 +20,28 @@ from .errors import GgufToolError
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--outtype", default="auto", show_default=True, help="As llama.cpp's converter has it.")
 @pre_tokenizer_option
+@dry_run_option
 @force_option
 @output_options
 def convert(
-    model: Path, out: Path, outtype: str, pre_tokenizer: str | None, force: bool, as_json: bool, quiet: bool
+    model: Path, out: Path, outtype: str, pre_tokenizer: str | None, dry_run: bool, force: bool, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Convert a Hugging Face checkpoint with llama.cpp's own converter."""
     from .convert import convert as run
     from .runtime import require
 
     terminal = make_terminal(as_json, quiet)
+    if dry_run:
+        from .checkpoint import open_checkpoint
+        from .inventory import gguf_tensors
+
+        if outtype != "auto":
+            raise GgufToolError(
+                f"--dry-run: the tensors of --outtype {outtype} are not known beforehand, those of auto are"
+            )
+        _show_dry(terminal, out, list(gguf_tensors(open_checkpoint(model))), "a GGUF")
+        return
     with terminal.progress() as progress:
         run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, progress=progress)
     size = out.stat().st_size
@@ -36,7 +53,7 @@ def convert(
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan to carry out.")
 @click.option("--weights", type=FILE, help="New weights of the experts that stay, by `refit` or `dern`.")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
-@click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
+@dry_run_option
 @force_option
 @output_options
 def prune(
@@ -72,13 +89,21 @@ def prune(
 @click.command()
 @click.argument("source", type=FILE)
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
+@dry_run_option
 @force_option
 @output_options
-def expand(source: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
+def expand(source: Path, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool) -> None:
     """Turn a tiered file into one for any llama.cpp, padded with zero neurons: the same function, more bytes."""
     from .expand import expand as run
+    from .expand import plan_expansion
 
     terminal = make_terminal(as_json, quiet)
+    if dry_run:
+        found = plan_expansion(source)
+        for note in found.notes:
+            terminal.say(f"note: {note}")
+        _show_dry(terminal, out, found.tensors, "stock")
+        return
     with terminal.progress() as progress:
         notes = run(source, out, force=force, progress=progress)
     for note in notes:
@@ -92,10 +117,11 @@ def expand(source: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> 
 @click.argument("target")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
+@dry_run_option
 @force_option
 @output_options
 def quantize(
-    source: Path, target: str, out: Path, imatrix: Path | None, force: bool, as_json: bool, quiet: bool
+    source: Path, target: str, out: Path, imatrix: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:
     """Quantize with llama.cpp's quantizer, every tensor to the type that the plan counted."""
     from .quantize import QuantizeTool
@@ -107,29 +133,51 @@ def quantize(
     stats = CalibrationStats.load(imatrix) if imatrix else None
     with terminal.progress() as progress:
         tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)
-        run(source, target, out, imatrix=stats, tools=tool, force=force)
+        made = run(source, target, out, imatrix=stats, tools=tool, force=force, dry_run=dry_run)
+    if dry_run:
+        _show_dry(terminal, out, list(made.tensors), target)
+        return
     size = out.stat().st_size
     terminal.show({"path": str(out), "target": target, "bytes": size}, f"{out} is {target}, {size:,} bytes")
+
+
+def _show_dry(terminal: Terminal, out: Path, tensors: list[TensorSpec], what: str) -> None:
+    """What would be written: every tensor, and the bytes of all of them."""
+    from .report import types_table
+
+    size = sum(spec.padded_bytes for spec in tensors)
+    facts = {"path": str(out), "written": False, "tensor_bytes": size}
+    facts |= {"tensors": [vars(spec) | {"bytes": spec.nbytes} for spec in tensors]}
+    terminal.show(facts, types_table(tensors), f"{out} would be {what}, {size:,} bytes of tensors")
 
 
 @click.command()
 @click.argument("path", type=FILE)
 @click.option("--experts", is_flag=True, help="Print the width of every expert.")
-@click.option("--check", is_flag=True, help="Read everything and refuse what is wrong.")
+@click.option("--check", is_flag=True, help="Read everything, let llama.cpp load it, and refuse what is wrong.")
 @output_options
 def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) -> None:
     """Show what a GGUF holds, expert by expert."""
     from .gguf_file import GgufFile
     from .inspection import check as find_faults
     from .inspection import inspect as run
+    from .loading import refusals
     from .report import inspection_tables
+    from .runtime import find
 
     terminal = make_terminal(as_json, quiet)
     view = run(GgufFile(path))
     faults = find_faults(view) if check else []
+    runtime = find() if check else None
+    if runtime is not None and not faults:
+        faults = [f"llama.cpp does not load it: {why}" for why in refusals(runtime, [path]) if why is not None]
     facts = view.as_dict() | ({"faults": faults} if check else {})
     terminal.show(facts, *inspection_tables(facts, experts))
     if faults:
-        raise GgufToolError(f"{path}: {len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+        lines = [] if as_json else [f"fault: {fault}" for fault in faults]
+        terminal.show({}, *lines) if lines else None
+        raise GgufToolError(f"{path}: {len(faults)} faults, the first: {faults[0]}")
     if check and not as_json:
         terminal.show({}, "checked: no fault found")
+        if runtime is None:
+            terminal.say("note: llama.cpp was not asked to load it; `gguftool runtime build` builds it")

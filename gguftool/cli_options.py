@@ -52,6 +52,7 @@ output_options = combined(
     click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
     click.option("--quiet", is_flag=True, help="No progress and no log."),
 )
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything and print what would be written.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 backend_option = click.option(
     "--backend", default="auto", show_default=True, type=click.Choice(BACKEND_NAMES),
@@ -87,9 +88,26 @@ memory_options = combined(
 windows_option = click.option(
     "--windows", type=int, help="Use at most so many windows of each calibration text, times its weight."
 )
-data_option = click.option(
-    "--data", "data", type=SOURCE, multiple=True, required=True, metavar=SOURCE_GRAMMAR,
-    help=f"Calibration text, once for each domain. {SOURCE_HELP} WEIGHT takes so many times --windows of it.",
+
+
+def _data_option(required: bool) -> Callable[[Command], Command]:
+    return click.option(
+        "--data", "data", type=SOURCE, multiple=True, required=required, metavar=SOURCE_GRAMMAR,
+        help=f"Calibration text, once for each domain. {SOURCE_HELP} WEIGHT takes so many times --windows of it.",
+    )  # fmt: skip
+
+
+data_option = _data_option(True)
+# Where a recipe may name them.
+data_option_or_recipe = _data_option(False)
+
+open_option = click.option("--open", "open_page", is_flag=True, help="Open report.html in the browser.")
+report_options = combined(
+    open_option,
+    click.option(
+        "--no-extras", is_flag=True,
+        help="Report quality only: measure no speed, memory, routing and completions, hash no files.",
+    ),
 )  # fmt: skip
 
 
@@ -135,6 +153,13 @@ def make_terminal(as_json: bool = False, quiet: bool = False) -> Terminal:
     return Terminal(as_json=as_json, quiet=quiet)
 
 
+def point_to_report(terminal: Terminal, folder: Path, open_page: bool) -> None:
+    """Opens the page of a report, or says where it is."""
+    from .report_files import PAGE, show
+
+    terminal.say(show(folder) if open_page else f"report: {folder / PAGE}")
+
+
 def make_recipe(options: dict[str, Any], target: str | None) -> Recipe:
     """The recipe that the options of `recipe_options` state. Takes those out of `options` that it has to parse."""
     from .recipe import Recipe
@@ -142,17 +167,26 @@ def make_recipe(options: dict[str, Any], target: str | None) -> Recipe:
     ratio, keep = options.pop("ratio"), options.pop("keep")
     if (ratio is None) == (keep is None):
         raise click.UsageError("give either --ratio or --keep")
-    depth = options.pop("depth")
-    try:
-        first, last = (float(part) for part in depth.split(":"))
-    except ValueError:
-        raise click.UsageError(f"--depth {depth!r} is not FIRST:LAST") from None
-    try:
-        mix = tuple(float(part) for part in options["mix"].split(",")) if options["mix"] is not None else None
-    except ValueError:
-        raise click.UsageError(f"--mix {options['mix']!r} is not a number for each text, as 2,1") from None
-    options |= {"depth": (first, last), "mix": mix}
+    mix = options["mix"]
+    options |= {"depth": parse_depth(options["depth"]), "mix": parse_mix(mix) if mix is not None else None}
     return Recipe(ratio=1 - keep if ratio is None else ratio, target=target, **options)
+
+
+def parse_depth(text: str) -> tuple[float, float]:
+    """FIRST:LAST."""
+    try:
+        first, last = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise click.UsageError(f"--depth {text!r} is not FIRST:LAST") from None
+    return first, last
+
+
+def parse_mix(text: str) -> tuple[float, ...]:
+    """W,W,..."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"--mix {text!r} is not a number for each text, as 2,1") from None
 
 
 def load_runtime(backend: str) -> tuple[Runtime, ModuleType]:

@@ -11,6 +11,7 @@ from .cli_options import (
     FILE,
     data_option,
     device_option,
+    dry_run_option,
     force_option,
     make_terminal,
     memory_options,
@@ -23,6 +24,7 @@ from .sources import Source, files
 
 if TYPE_CHECKING:
     from .overrides import Overrides
+    from .plan import PrunePlan
     from .terminal import Terminal
 
 
@@ -41,11 +43,12 @@ if TYPE_CHECKING:
 @windows_option
 @device_option
 @memory_options
+@dry_run_option
 @force_option
 @output_options
 def refit(
     model: Path, plan_path: Path, data: tuple[Source, ...], out: Path, how: str | None, n_ctx: int, windows: int | None,
-    device: str, dtype: str, memory: str | None, force: bool, as_json: bool, quiet: bool,
+    device: str, dtype: str, memory: str | None, dry_run: bool, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Let what stays take over from what goes: one more pass, least squares on the down projection.
 
@@ -54,8 +57,9 @@ def refit(
     """
     from .checkpoint import open_checkpoint
     from .corpus import load_domains
+    from .durable import held
     from .gguf_file import check_output
-    from .gguf_model import is_gguf
+    from .gguf_model import is_gguf, open_gguf
     from .loader import usable_device
     from .memory import parse_bytes, parse_dtype
     from .methods import method
@@ -66,10 +70,16 @@ def refit(
     from .workdir import clear_leftovers
 
     scratch = out.with_name(out.name + ".work")
-    clear_leftovers(scratch, out)
-    check_output(out, force, plan_path, *files(data))
+    if not dry_run:
+        click.get_current_context().with_resource(held(scratch))
+        clear_leftovers(scratch, out)
+    check_output(out, force or dry_run, plan_path, *files(data))
     terminal = make_terminal(as_json, quiet)
     if is_gguf(model):
+        if dry_run:
+            plan = PrunePlan.load(plan_path)
+            _show_dry(terminal, out, plan, open_gguf(model).n_embd, "plain, by llama.cpp on the CPU")
+            return
         made = _refit_gguf(model, plan_path, data, out, how, n_ctx, windows, device, dtype, memory, terminal)
         _save(terminal, made, out)
         return
@@ -82,6 +92,9 @@ def refit(
     tokenizer = checkpoint.tokenizer()
     domains = load_domains(data, tokenizer, n_ctx, windows)
     needs = refit_memory(checkpoint, plan, domains, kind, limit, device=device, sequential=run is refit_sequentially)
+    if dry_run:
+        _show_dry(terminal, out, plan, checkpoint.n_embd, f"{kind_of_refit or 'plain'}: {needs}")
+        return
     if memory is not None:
         terminal.say(str(needs))
     with terminal.progress() as progress:
@@ -114,6 +127,14 @@ def _refit_gguf(
         return refit_gguf(
             opened, plan, domains, out.with_name(out.name + ".work"), llama=llama, memory=limit, progress=progress
         )
+
+
+def _show_dry(terminal: Terminal, out: Path, plan: PrunePlan, n_embd: int, how: str) -> None:
+    """What would be fitted, how, and about how large it would be: F32, a column for every neuron that stays."""
+    narrowed = [width for layer in plan.layers for width in layer.widths if 0 < width < plan.n_ff_exp]
+    size = 4 * n_embd * sum(narrowed)
+    facts = {"path": str(out), "written": False, "experts": len(narrowed), "bytes": size, "how": how}
+    terminal.show(facts, how, f"{out} would be new weights of {len(narrowed)} experts, about {size / 1e6:.2f} MB")
 
 
 def _save(terminal: Terminal, made: Overrides, out: Path) -> None:

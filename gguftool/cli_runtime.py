@@ -71,12 +71,14 @@ def runtime_selftest(backend: str, full: bool, as_json: bool, quiet: bool) -> No
 
     Without --backend on all that has been built. About a minute for the CPU.
     """
+    from .doctor import note_selftest
     from .runtime_report import selftest_table
     from .selftest import selftest
 
     terminal = make_terminal(as_json, quiet)
     with terminal.progress() as progress:
         checks = selftest(backend, full=full, progress=progress)
+    note_selftest((check.backend, check.ok) for check in checks)
     failed = sum(not check.ok for check in checks)
     terminal.show(
         {"ok": not failed, "checks": [check.as_dict() for check in checks]},

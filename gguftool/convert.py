@@ -9,11 +9,14 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from .checkpoint import lacks_predictors
+from .checkpoint import Checkpoint, lacks_predictors, open_checkpoint
+from .durable import check_unchanged, full, held_handles, identity, replacing
 from .errors import GgufToolError
-from .gguf_file import GgufFile, Progress, check_output, check_space, replacing
-from .hf_to_gguf import PRE_TOKENIZER
+from .gguf_file import GgufFile, Progress, check_output, check_space
+from .hf_to_gguf import FINGERPRINT, PRE_TOKENIZER
+from .processes import ending
 from .runtime import Runtime, last_line
+from .stored import PICKLED
 
 OUT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 # The converter's bar, drawn again and again behind carriage returns.
@@ -47,12 +50,14 @@ def convert(
         near = get_close_matches(pre_tokenizer, known, n=3)
         raise GgufToolError(f"llama.cpp knows no pre-tokenizer {pre_tokenizer!r}; near are {', '.join(near) or 'none'}")
     check_output(out, force)
-    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    if not (model / "config.json").is_file() or not weights:
-        raise GgufToolError(f"{model}: not a Hugging Face checkpoint (config.json and *.safetensors)")
-    check_space(out, weights)
+    inputs = _inputs(model)
+    check_space(out, sum(path.stat().st_size for path in inputs if path.suffix == ".safetensors"))
     path = [str(runtime.convert_dir), str(runtime.convert_dir / "gguf-py"), str(Path(__file__).parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), PRE_TOKENIZER: pre_tokenizer or ""}
+    opened = _opened(model)
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(path), PRE_TOKENIZER: pre_tokenizer or "",
+        FINGERPRINT: opened.fingerprint if opened is not None else "",
+    }  # fmt: skip
     with replacing(out) as partial:
         command = [
             sys.executable,
@@ -64,12 +69,34 @@ def convert(
             "--outtype",
             outtype,
         ]
-        if lacks_predictors(model):
+        if opened is not None and lacks_predictors(opened):
             command.append("--no-nextn")
         code, log = _run(command, environment, progress)
         if code:
-            raise GgufToolError(_reason(model, log))
+            raise GgufToolError(_reason(model, code, log) + full(out))
         GgufFile(partial)
+        check_unchanged(inputs)
+
+
+def _opened(model: Path) -> Checkpoint | None:
+    """The opened checkpoint; the converter knows more families than gguftool does, and says what is wrong itself."""
+    try:
+        return open_checkpoint(model)
+    except GgufToolError:
+        return None
+
+
+def _inputs(model: Path) -> dict[Path, list[int]]:
+    """What the converter will read, for `check_unchanged`. Raises GgufToolError for what is no checkpoint of safetensors."""
+    weights = sorted(model.glob("model*.safetensors"))
+    if not (model / "config.json").is_file() or not weights:
+        pickled = [path.name for kind in PICKLED for path in sorted(model.glob(kind))]
+        if pickled and not weights:
+            raise GgufToolError(
+                f"{model}: {pickled[0]} is a pickle, which can run code when it is read; gguftool reads safetensors only"
+            )
+        raise GgufToolError(f"{model}: not a Hugging Face checkpoint (config.json and model*.safetensors)")
+    return {path: identity(path) for path in (*sorted(model.glob("*.json")), *weights)}
 
 
 def pre_tokenizers(runtime: Runtime) -> list[str]:
@@ -81,7 +108,10 @@ def pre_tokenizers(runtime: Runtime) -> list[str]:
 def _run(command: list[str], environment: dict[str, str], progress: Progress | None) -> tuple[int, str]:
     """Runs the converter; its exit status and what it logged. Stops it when we are stopped."""
     log, percent = "", -1
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        pass_fds=held_handles(),
+    )  # fmt: skip
     with process:
         assert process.stderr is not None
         try:
@@ -97,7 +127,11 @@ def _run(command: list[str], environment: dict[str, str], progress: Progress | N
     return process.returncode, log
 
 
-def _reason(model: Path, log: str) -> str:
+def _reason(model: Path, code: int, log: str) -> str:
+    if code < 0:
+        return f"{model}: llama.cpp's converter did not finish: {ending(code)}"
+    if short := re.search(r"OSError: (\d+ requested and \d+ written)", log):
+        return f"llama.cpp's converter could not write all of it ({short[1]}); make room and run it again"
     if "pre-tokenizer was not recognized" in log:
         return (
             f"{model}: llama.cpp does not know this vocabulary's pre-tokenizer; name the one that it was made with, "

@@ -6,12 +6,17 @@ from pathlib import Path
 from types import ModuleType
 
 from . import builtin
-from .gguf_file import Progress
+from .errors import GgufToolError
+from .extras import ALL, Extras, add_extras
+from .gguf_file import Progress, replacing
+from .journal import Journal
 from .pipeline import Built, build, judge, quantize_base
 from .prepare import Job, prepare
 from .recipe import Recipe
 from .report import Report
+from .report_facts import calibrated_facts, expert_facts, model_facts
 from .runtime import Runtime
+from .trial import Tried
 from .workspace import Say, Workspace
 
 RATIOS = (0.25, 0.4, 0.5)
@@ -20,11 +25,44 @@ PRUNE_THEN_QUANTIZE = ("Q8_0", "Q4_K_M")
 QUANTIZE_ONLY = ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 
 
-def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say) -> Report:
+# The one that the report goes into: its experts, its routing, its speed.
+SHOWN = ("auto", 0.4, "Q4_K_M")
+MODEL = "Builtin-7M"
+
+
+def unpack(out: Path) -> list[Path]:
+    """Writes the built-in model and its texts into the folder `out` and returns what was written, the model first.
+
+    Raises GgufToolError where a text of that name is there already and is another.
+    """
+    written = [builtin.unpack(out / MODEL)]
+    for source in builtin.texts().values():
+        text, path = source.read_bytes(), out / source.name
+        if path.exists() and path.read_bytes() != text:
+            raise GgufToolError(f"{path} exists and is not the built-in text; choose another folder or move it")
+        with replacing(path) as partial:
+            partial.write_bytes(text)
+        written.append(path)
+    return written
+
+
+def run(
+    out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say,
+    extras: Extras = ALL,
+) -> Report:  # fmt: skip
     """Calibrates on code, judges on code and on prose, and puts quantization alone beside it."""
+    with Journal(out, "Builtin 7M") as journal:
+        _run(out, runtime, llama, eval_windows, progress, say, extras, journal)
+        return journal.finish()
+
+
+def _run(
+    out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progress: Progress, say: Say, extras: Extras,
+    journal: Journal,
+) -> None:  # fmt: skip
     texts = builtin.texts()
     job = Job(
-        model=builtin.unpack(out / "Builtin-7M"),
+        model=builtin.unpack(out / MODEL),
         calibration=[texts["calib_code"]],
         evaluation=[texts["eval_code"], texts["eval_prose"]],
         runtime=runtime,
@@ -33,8 +71,10 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
         eval_windows=eval_windows,
         pre_tokenizer="qwen2",
     )
-    work = Workspace(out, say)
+    work = Workspace(out, say, watch=journal.hearing(job.watch))
+    journal.begin()
     source = prepare(job, work, [Recipe(method, ratio) for method in (*METHODS, "auto") for ratio in RATIOS])
+    journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built: list[Built] = []
     for ratio in RATIOS:
         built += [build(job, work, source, Recipe(method, ratio)) for method in METHODS]
@@ -51,6 +91,12 @@ def run(out: Path, runtime: Runtime, llama: ModuleType, eval_windows: int, progr
         "whole-expert methods round the ratio to whole experts of each layer",
         "unpruned rows are what you would pick instead: compare at equal size",
     ]
-    report = judge(job, source.base, built, source.stats.model.name, notes)
-    report.save(out)
-    return report
+    recipes = [(item, item.plan.recipe) for item in built if item.plan is not None]
+    shown = next(item for item, recipe in recipes if (recipe.method, recipe.ratio, recipe.target) == SHOWN)
+    rival = next(item for item in built if item.label == f"unpruned {SHOWN[2]}")
+    assert shown.plan is not None
+    journal.learn(experts={**expert_facts(source.stats, shown.plan), "label": shown.label})
+    journal.stage("perplexity and KL divergence")
+    journal.measured(judge(job, source.base, built, source.stats.model.name, notes))
+    tried = [Tried(item.label, item.path, item.plan) for item in (shown, rival)]
+    add_extras(journal, job, source.base, tried, extras, {})

@@ -22,6 +22,9 @@ Tokens = NDArray[np.int32]
 
 # Logits that one thread turns into float64 at a time: bounds the memory at any vocabulary.
 _CHUNK = 1 << 18
+# Edges of the histogram of divergences, in nats: four to a decade from 1e-6 to 10. They never change, so that any two
+# histograms can be added or laid over each other.
+HISTOGRAM_EDGES: Floats = 10.0 ** (np.arange(-24, 5) / 4)
 
 
 class Estimate(NamedTuple):
@@ -124,9 +127,15 @@ def root_mean_square(values: Floats) -> Estimate:
     return Estimate(root, 0.5 / root * squares.error if root else 0.0)
 
 
+def histogram(values: Floats) -> tuple[int, ...]:
+    """How many values lie below the first of HISTOGRAM_EDGES, from each edge up to the next, and from the last one on: [30]."""
+    places = np.searchsorted(HISTOGRAM_EDGES, values, side="right")
+    return tuple(np.bincount(places, minlength=len(HISTOGRAM_EDGES) + 1).tolist())
+
+
 @dataclass(frozen=True)
 class KlStatistics:
-    """KL divergence over all scored tokens, in nats: mean with its error, quantiles, largest."""
+    """KL divergence over all scored tokens, in nats: mean with its error, quantiles, largest, and `histogram`."""
 
     mean: float
     err: float
@@ -136,13 +145,15 @@ class KlStatistics:
     p99: float
     p999: float
     max: float
+    histogram: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, values: Floats) -> KlStatistics:
         """From the divergence at each token, [n]. Quantiles are interpolated linearly."""
         average = mean(values)
         median, p90, p95, p99, p999 = (float(q) for q in np.quantile(values, (0.5, 0.9, 0.95, 0.99, 0.999)))
-        return cls(average.value, average.error, median, p90, p95, p99, p999, float(values.max()))
+        most = float(values.max())
+        return cls(average.value, average.error, median, p90, p95, p99, p999, most, histogram(values))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -19,9 +20,12 @@ from typing import Any
 from .chat import ChatTemplate, conversation
 from .errors import GgufToolError
 from .sources import Source
+from .strict_json import parse
 
 # What is read of a document where no field is named: the first of these that the first document has.
 FIELDS = ("text", "messages", "conversations")
+# A packed text may be so many times as long as it is packed, and so long in any case.
+PACKS_TO, MOST_UNPACKED = 100, 64 << 20
 Templates = Callable[[], ChatTemplate | None]
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -156,9 +160,11 @@ def _stream(source: Source) -> Iterator[Any]:
 def _read(path: Path) -> bytes:
     """The bytes of the text, unpacked."""
     try:
+        if path.exists() and not (path.is_file() or path.is_fifo()):
+            raise GgufToolError(f"{path}: no text file but a folder or a device")
         raw = path.read_bytes()
         if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+            raw = _unpack(raw, path)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise GgufToolError(f"{path}: no such text file") from error
     except (EOFError, zlib.error, OSError) as error:
@@ -166,6 +172,23 @@ def _read(path: Path) -> bytes:
     if not raw.strip():
         raise GgufToolError(f"{path}: the file is empty")
     return raw
+
+
+def _unpack(packed: bytes, path: Path) -> bytes:
+    """The unpacked bytes. Text packs to a tenth or so; what packs far better is no text, and may be made to fill the memory."""
+    most = max(MOST_UNPACKED, PACKS_TO * len(packed))
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+        raw = stream.read(most + 1)
+    if len(raw) > most:
+        raise GgufToolError(
+            f"{path}: {len(packed)} bytes unpack to more than {most}: no text; unpack it yourself if it is"
+        )
+    return raw
+
+
+def _reason(error: ValueError) -> str:
+    """What is wrong, and in which column where that is known."""
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _decode(raw: bytes, path: Path) -> str:
@@ -187,17 +210,18 @@ def _lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise GgufToolError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
+            yield f"{path}, line {number}", parse(line, strict=False)
+        except ValueError as error:
+            raise GgufToolError(f"{path}, line {number}: not JSON ({_reason(error)})") from error
 
 
 def _array(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     """The documents of a JSON array."""
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise GgufToolError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+        found = parse(text, strict=False)
+    except ValueError as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise GgufToolError(f"{path}{line}: not JSON ({_reason(error)})") from error
     if not found:
         raise GgufToolError(f"{path}: the array is empty")
     for number, record in enumerate(found, start=1):

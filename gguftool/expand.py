@@ -5,6 +5,7 @@ The padded file is the same function on any llama.cpp: what a user without the p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -20,16 +21,50 @@ from .requant import quantize_rows
 from .tensors import BLOCKS, TensorSpec
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """A tiered file and the stock file that it becomes: its metadata, its tensors, which stacks of tiers are in which of
+    them, and notes: stacks whose tiers have different types, which only F32 holds without loss; empty arrays left out."""
+
+    file: GgufFile
+    pruned: cut.Cut
+    entries: dict[str, KeyValue]
+    tensors: list[TensorSpec]
+    stacks: dict[str, list[TensorSpec]]
+    notes: list[str]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the stock file's tensors; the header comes on top."""
+        return sum(spec.padded_bytes for spec in self.tensors)
+
+
 def expand(source: Path, out: Path, *, force: bool = False, progress: Progress | None = None) -> list[str]:
     """Writes a tiered file as a stock file: narrow experts padded with zero neurons. The same function, more bytes.
 
     Returns:
-        Notes: stacks whose tiers have different types, which only F32 holds without loss; empty arrays left out.
+        The notes of the expansion.
+
+    Raises:
+        GgufToolError: as `plan_expansion` does; an output that exists.
+    """
+    check_output(out, force, source)
+    found = plan_expansion(source)
+
+    def produce(spec: TensorSpec) -> Bytes:
+        tiers = found.stacks.get(spec.name)
+        return found.file.raw(spec) if tiers is None else _pad(found.file, spec, tiers, found.pruned.n_ff_exp)
+
+    write_gguf(out, found.file.arch, found.entries, found.tensors, produce, progress, found.file)
+    return found.notes
+
+
+def plan_expansion(source: Path) -> Expansion:
+    """What `expand` would write.
 
     Raises:
         GgufToolError: not tiered, or layers keep different numbers of experts (no stock file can say that).
     """
-    check_output(out, force, source)
     file = GgufFile(source)
     file.check_whole()
     pruned = cut.read(file)
@@ -47,13 +82,7 @@ def expand(source: Path, out: Path, *, force: bool = False, progress: Progress |
     entries, left_out = copied_entries(file)
     entries[f"{file.arch}.expert_count"] = KeyValue(count, V.UINT32)
     entries[f"{cut.KEY}layout"] = KeyValue("expanded", V.STRING)
-
-    def produce(spec: TensorSpec) -> Bytes:
-        tiers = stacks.get(spec.name)
-        return file.raw(spec) if tiers is None else _pad(file, spec, tiers, pruned.n_ff_exp)
-
-    write_gguf(out, file.arch, entries, specs, produce, progress)
-    return [*notes, *left_out]
+    return Expansion(file, pruned, entries, specs, stacks, [*notes, *left_out])
 
 
 def _check_whole_layers(file: GgufFile, pruned: cut.Cut, count: int) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .budget import RUN_OPTIONS, Memory
+from .durable import write_text
 from .memory import gib
 
 CHOSEN, MEASURED, LEFT_OUT, TOO_LARGE, FITS = "chosen", "measured", "left out", "too large", "fits"
@@ -94,9 +95,7 @@ class FitReport:
 
     def save(self, folder: Path) -> None:
         """Writes fit.json into `folder`."""
-        partial = folder / "fit.json.partial"
-        partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / "fit.json")
+        write_text(folder / "fit.json", json.dumps(self.as_dict(), indent=1) + "\n")
 
     def table(self) -> Table:
         """The candidates."""

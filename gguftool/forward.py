@@ -169,6 +169,7 @@ class LayeredPass:
             with work.next_hidden() as append:
                 for _, part in self.batches:
                     append(self.stream.embed(self.windows[part]))
+            self.checkpoint.check_unchanged()
             work.advance()
         else:
             work.free()
@@ -201,6 +202,8 @@ class LayeredPass:
             raise GgufToolError(f"layer {index}: the sum {odd[0]} is not finite; the weights are damaged")
         with self.ranks.together():
             self.stream.loader.release_layer(index)
+            # A layer that was read from two versions of the checkpoint must not be kept.
+            self.checkpoint.check_unchanged()
             work.advance(arrays)
         work.free()
 

@@ -1,16 +1,13 @@
-"""Reading and streaming GGUF files through gguf-py: a tensor at a time, never a model, never a half-written file."""
+"""Reading and streaming GGUF files (written through gguf-py): a tensor at a time, never a model, never a half-written file."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +15,16 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import check_unchanged, identity, replacing
 from .errors import GgufToolError
+from .gguf_header import Entry, Header
 from .layout import full_shape
 from .tensors import BLOCKS, GGUF_ALIGNMENT, TensorSpec, row_bytes
 
 Bytes = NDArray[np.uint8]
 Progress = Callable[[int, int, str], None]
 
-# Smallest a key/value pair or a tensor entry can be: a hostile count larger than the file allows is refused unread.
-_LEAST_ENTRY = 13
+_TYPE_NAMES = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
 
 
 @dataclass(frozen=True)
@@ -49,39 +47,36 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         """Raises GgufToolError for a file that is missing, truncated, hostile or no GGUF."""
         self.path = path
-        _check_header(path)
-        try:
-            self._reader = gguf.GGUFReader(path)
-            self._data = {tensor.name: tensor for tensor in self._reader.tensors}
-            self.tensors = tuple(
-                TensorSpec(t.name, full_shape(t.name, tuple(int(n) for n in t.shape)), t.tensor_type.name)
-                for t in self._reader.tensors
-            )
-        except Exception as error:  # gguf-py raises whatever numpy or struct raise on garbage
-            raise GgufToolError(f"{path}: damaged or truncated GGUF ({error})") from error
-        self._check_extent()
+        self._identity = identity(path)
+        self._header = Header(path)
+        self._offsets: dict[str, int] = {}
+        self._end = 0
+        self.tensors = tuple(self._spec(entry) for entry in self._header.tensors)
 
-    def _check_extent(self) -> None:
-        size = self.path.stat().st_size
-        spans = []
-        for spec in self.tensors:
-            start = int(self._data[spec.name].data_offset)
-            if spec.type not in BLOCKS:
-                raise GgufToolError(f"{self.path}: {spec.name} has type {spec.type}, which gguftool does not know")
-            if prod(spec.ne) <= 0 or start + spec.nbytes > size:
-                raise GgufToolError(
-                    f"{self.path}: {spec.name} {spec.ne} lies outside the file of {size} bytes: truncated?"
-                )
-            spans.append((start, start + spec.nbytes, spec.name))
-        spans.sort()
-        for (_, end, first), (start, _, second) in pairwise(spans):
-            if start < end:
-                raise GgufToolError(f"{self.path}: {first} and {second} overlap")
+    def _spec(self, entry: Entry) -> TensorSpec:
+        """A tensor of the list, checked to lie where llama.cpp wants it: right behind the one before, inside the file."""
+        header = self._header
+        name = _TYPE_NAMES.get(entry.type, str(entry.type))
+        if name not in BLOCKS:
+            raise header.fail(f"{entry.name} has type {name}, which gguftool does not know")
+        spec = TensorSpec(entry.name, full_shape(entry.name, entry.ne), name)
+        if entry.offset != self._end:
+            raise header.fail(f"{entry.name} is at offset {entry.offset} of the data, not at {self._end}: damaged")
+        start = header.start + entry.offset
+        if start + spec.nbytes > header.size:
+            raise header.fail(f"{entry.name} {entry.ne} lies outside the file of {header.size} bytes: truncated?")
+        self._offsets[entry.name] = start
+        self._end += -(-spec.nbytes // header.alignment) * header.alignment
+        return spec
 
     def check_whole(self) -> None:
         """Raises GgufToolError for a shard of a split model, which has some of the tensors only."""
         if self.integer("split.count", 0) > 1:
             raise GgufToolError(f"{self.path}: one shard of a split model; join it with llama-gguf-split --merge first")
+
+    def check_unchanged(self) -> None:
+        """Raises GgufToolError where the file was written to or replaced since it was opened: what was read may be of both."""
+        check_unchanged({self.path: self._identity})
 
     @property
     def arch(self) -> str:
@@ -91,28 +86,31 @@ class GgufFile:
     @property
     def data_start(self) -> int:
         """Where the first tensor begins: before it lie the metadata and the list of tensors."""
-        return min((int(tensor.data_offset) for tensor in self._data.values()), default=self.path.stat().st_size)
+        return min(self._offsets.values(), default=self._header.size)
 
     def keys(self) -> Iterator[str]:
         """Names of the metadata entries, in file order."""
-        return (name for name in self._reader.fields if not name.startswith("GGUF."))
+        return iter(self._header.fields)
 
     def entry(self, key: str) -> KeyValue:
         """The metadata entry `key`."""
-        field = self._reader.fields[key]
-        is_array = field.types[0] == gguf.GGUFValueType.ARRAY
-        return KeyValue(self.value(key), field.types[0], field.types[-1] if is_array else None)
+        field = self._header.fields[key]
+        kind = gguf.GGUFValueType(field.type)
+        if field.is_array:
+            return KeyValue(self.value(key), gguf.GGUFValueType.ARRAY, kind)
+        return KeyValue(self.value(key), kind)
 
     def entry_bytes(self, key: str) -> int:
         """Bytes that the metadata entry `key` takes in the file, its name included."""
-        return sum(int(part.nbytes) for part in self._reader.fields[key].parts)
+        of_array = 12 if self._header.fields[key].is_array else 0
+        return 8 + len(key.encode()) + 4 + of_array + self._header.value_bytes(key)
 
     def value(self, key: str, default: Any = ...) -> Any:
         """The metadata value of `key`. Raises GgufToolError where it is missing and there is no default."""
-        if key in self._reader.fields:
+        if key in self._header.fields:
             try:
-                return self._reader.fields[key].contents()
-            except (ValueError, IndexError) as error:  # bytes that are no UTF-8
+                return self._header.value(key)
+            except UnicodeDecodeError as error:
                 raise GgufToolError(f"{self.path}: {key} cannot be read ({error})") from error
         if default is ...:
             raise GgufToolError(f"{self.path}: has no {key}; not a model that gguftool can use")
@@ -136,33 +134,20 @@ class GgufFile:
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor called `name`."""
-        return name in self._data
+        return name in self._offsets
+
+    def offset(self, name: str) -> int:
+        """The byte of the file at which a tensor begins."""
+        return self._offsets[name]
 
     def raw(self, spec: TensorSpec) -> Bytes:
         """The mapped bytes of a tensor: uint8, the dimensions of `ne` reversed, the last one in bytes."""
-        flat = np.asarray(self._data[spec.name].data).reshape(-1).view(np.uint8)
+        flat = np.frombuffer(self._header.data, np.uint8, spec.nbytes, self._offsets[spec.name])
         return flat.reshape(*reversed(spec.ne[1:]), row_bytes(spec.type, spec.ne[0], spec.name))
 
     def ints(self, spec: TensorSpec) -> NDArray[np.int32]:
         """An I32 tensor, the dimensions of `ne` reversed."""
         return self.raw(spec).view(np.int32)
-
-
-def _check_header(path: Path) -> None:
-    if not path.is_file():
-        raise GgufToolError(f"{path}: no such file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(24)
-    if head[:4] != b"GGUF":
-        raise GgufToolError(f"{path}: not a GGUF file")
-    if len(head) < 24:
-        raise GgufToolError(f"{path}: truncated: {size} bytes")
-    version, n_tensors, n_kv = struct.unpack("<IQQ", head[4:])
-    if version not in (2, 3):
-        raise GgufToolError(f"{path}: GGUF version {version}; gguftool reads 2 and 3")
-    if (n_tensors + n_kv) * _LEAST_ENTRY > size:
-        raise GgufToolError(f"{path}: claims {n_tensors} tensors and {n_kv} keys in {size} bytes: damaged")
 
 
 def write_gguf(
@@ -172,10 +157,11 @@ def write_gguf(
     tensors: Iterable[TensorSpec],
     produce: Callable[[TensorSpec], Bytes],
     progress: Progress | None = None,
+    source: GgufFile | None = None,
 ) -> None:
     """Streams a GGUF: the header first, then every tensor as `produce` gives it (the shape that GgufFile.raw has).
 
-    The finished file is opened and checked before it takes its name.
+    The finished file is opened and checked before it takes its name; `source`, which it is made from, must be what it was.
 
     Raises GgufToolError where the disk is too small, the metadata cannot be written, or `produce` gives something else
     than was announced.
@@ -191,13 +177,25 @@ def write_gguf(
                 data = produce(spec)
                 if data.nbytes != spec.nbytes:
                     raise GgufToolError(f"{spec.name}: {data.nbytes} bytes were made, {spec.nbytes} announced")
-                writer.write_tensor_data(np.ascontiguousarray(data))
+                _write_data(writer, np.ascontiguousarray(data))
                 done += spec.padded_bytes
                 if progress:
                     progress(done, total, spec.name)
         finally:
             writer.close()
         GgufFile(partial)
+        if source is not None:
+            source.check_unchanged()
+
+
+def _write_data(writer: gguf.GGUFWriter, data: Bytes) -> None:
+    try:
+        writer.write_tensor_data(data)
+    except OSError as error:
+        if error.errno is None and writer.fout:
+            # numpy only counts what it could not write. The system says why when it is asked again.
+            os.write(writer.fout[0].fileno(), data.reshape(-1)[:1].tobytes())
+        raise
 
 
 def header_bytes(arch: str, entries: Mapping[str, KeyValue], specs: Iterable[TensorSpec]) -> int:
@@ -248,18 +246,6 @@ def _announce(path: Path, arch: str, entries: Mapping[str, KeyValue], specs: lis
             raise
         raise GgufToolError(f"a GGUF header cannot be written: {error}") from error  # gguf-py raises what struct raises
     return writer
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """Gives `out`.partial to write to; it becomes `out` when all went well and is removed when not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_space(out: Path, needed: int) -> None:

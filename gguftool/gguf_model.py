@@ -24,6 +24,9 @@ from .stats import ModelFacts
 from .stored import pieces
 from .tensors import TensorSpec
 
+# Fingerprints of GGUF files begin with this.
+OWN = "gguf:"
+
 
 @dataclass(frozen=True)
 class GgufModel:
@@ -140,11 +143,11 @@ def open_gguf(path: Path) -> GgufModel:
     if embedding is None:
         raise GgufToolError(f"{path}: has no token_embd.weight; not a model that gguftool can use")
     title = re.sub(r"[^A-Za-z0-9.+_-]+", "-", str(file.value("general.name", "") or path.stem)).strip("-")
-    return GgufModel(file, title or "model", _fingerprint(file), layers, n_expert, used, width, n_embd, embedding.ne[1])
+    return GgufModel(file, title or "model", fingerprint(file), layers, n_expert, used, width, n_embd, embedding.ne[1])
 
 
-def _fingerprint(file: GgufFile) -> str:
-    """See `GgufModel`."""
+def fingerprint(file: GgufFile) -> str:
+    """See `GgufModel`. It begins with OWN, as that of a checkpoint does not."""
     with file.path.open("rb") as stream:
         digest = hashlib.sha256(stream.read(file.data_start))
     for spec in sorted(file.tensors, key=lambda spec: spec.name):
@@ -152,4 +155,4 @@ def _fingerprint(file: GgufFile) -> str:
         digest.update(json.dumps([spec.name, spec.type, spec.ne]).encode())
         for start, end in pieces(raw.nbytes):
             digest.update(raw[start:end].tobytes())
-    return digest.hexdigest()
+    return OWN + digest.hexdigest()

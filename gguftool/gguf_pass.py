@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from .durable import replacing
 from .errors import GgufToolError
 from .gguf_file import Progress
 from .gguf_model import GgufModel
@@ -162,7 +163,7 @@ class StageDir:
             self.path.rmdir()
 
     def _files(self) -> list[Path]:
-        patterns = ("stage-*.safetensors", "running.safetensors", "*.safetensors.partial")
+        patterns = ("stage-*.safetensors", "running.safetensors", "*.safetensors.partial", ".*.safetensors.lock")
         return [file for pattern in patterns for file in self.path.glob(pattern)]
 
     def _position(self, file: Path) -> tuple[int, int] | None:
@@ -178,10 +179,9 @@ class StageDir:
 
     def _write(self, target: Path, position: tuple[int, int], arrays: Arrays) -> None:
         header = {"identity": self._identity, "stage": str(position[0]), "batches": str(position[1])}
-        partial = target.with_name(target.name + ".partial")
         try:
-            save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, partial, header)
-            partial.replace(target)
+            with replacing(target) as partial:
+                save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, partial, header)
         except (OSError, SafetensorError) as error:
             raise GgufToolError(f"{self.path}: the work directory cannot be written ({error})") from error
 
@@ -221,10 +221,12 @@ class GgufPasses:
             self.progress(index * windows + part.stop, count * windows, f"pass {index + 1} of {count}")
             now = time.monotonic()
             if not self.save_seconds or now - saved >= max(self.save_seconds, 20 * cost):
+                self.model.file.check_unchanged()
                 self.work.keep(index, number + 1, stage.sums())
                 saved = time.monotonic()
                 cost = saved - now
         arrays = stage.arrays()
+        self.model.file.check_unchanged()
         if odd := [name for name, values in arrays.items() if not np.isfinite(values).all()]:
             raise GgufToolError(f"{self.model.path}: the sum {odd[0]} is not finite; the weights are damaged")
         self.work.finish(index, arrays)

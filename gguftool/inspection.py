@@ -17,6 +17,9 @@ from .layout import STOCK, TIERED, ExpertName, map_name, n_entries, parse, tier_
 from .tensors import BLOCKS, TensorSpec
 
 _CHUNK = 1 << 22
+# llama-hparams.h: LLAMA_MAX_EXPERTS.
+_MOST_EXPERTS = 1024
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 _HASH_TABLE = re.compile(r"blk\.(\d+)\.ffn_gate_tid2eid(?:\.weight)?")
 
 
@@ -136,6 +139,7 @@ def _check_layers(view: Inspection) -> Iterator[str]:
     specs = {spec.name: spec for spec in file.tensors}
     used, count = file.arch_integer("expert_used_count", 0), file.arch_integer("expert_count", 0)
     groups = file.arch_integer("expert_group_count", 0)
+    yield from _check_counts(view)
     if count and not view.layers:
         yield f"the metadata says {count} experts, and no layer has any"
     for layer in view.layers:
@@ -144,14 +148,49 @@ def _check_layers(view: Inspection) -> Iterator[str]:
             yield f"{where}: blk.{layer.index}.ffn_gate_inp.weight, the router, is missing"
         if n_expert < used:
             yield f"{where}: {n_expert} experts, but {used} are routed per token"
-        if groups > 1 and n_expert % groups:
-            yield f"{where}: {n_expert} experts do not divide into {groups} groups"
+        if groups > 1 and (n_expert % groups or n_expert // groups < 2):
+            yield f"{where}: {n_expert} experts do not divide into {groups} groups of two or more"
         tiered = map_name(layer.index) in specs
-        if not tiered and n_expert != count:
+        if n_expert > count if tiered else n_expert != count:
             yield f"{where}: {n_expert} experts, the metadata says {count}"
         if not any(width for _, width in layer.experts):
             yield f"{where}: no expert has a neuron"
     yield from _check_cut(view)
+
+
+# Numbers of the metadata that decide about experts; llama.cpp takes them as uint32 and as nothing else.
+_NUMBERS = ("block_count", "embedding_length", "expert_count", "expert_used_count", "expert_group_count")
+
+
+def _check_counts(view: Inspection) -> Iterator[str]:
+    file = view.file
+    for name in _NUMBERS:
+        key = f"{file.arch}.{name}"
+        if key in file.keys() and not isinstance(file.value(key), list) and file.entry(key).type.name != "UINT32":
+            yield f"{key} is of type {file.entry(key).type.name.lower()}, not uint32"
+    yield from _check_routing(file)
+    blocks = file.arch_integer("block_count")
+    present = {int(match[1]) for spec in file.tensors if (match := _BLOCK.match(spec.name))}
+    wanted = blocks - file.arch_integer("nextn_predict_layers", 0)
+    if len(present) < wanted or blocks < 1:
+        yield f"the metadata says {blocks} blocks, and {len(present)} have tensors"
+    for spec in file.tensors:
+        if ".ffn_exps_tier." in spec.name and parse(spec.name) is None:
+            yield f"{spec.name} is no tier map of a layer"
+    if outside := sorted(index for index in present if index >= blocks):
+        yield f"block {outside[0]} has tensors, and the metadata says {blocks} blocks"
+
+
+def _check_routing(file: GgufFile) -> Iterator[str]:
+    """The numbers that llama.cpp asserts (llama-model.cpp, load_hparams): it ends the program where they are wrong."""
+    count, used = file.arch_integer("expert_count", 0), file.arch_integer("expert_used_count", 0)
+    groups, chosen = file.arch_integer("expert_group_count", 0), file.arch_integer("expert_group_used_count", 0)
+    if count > _MOST_EXPERTS:
+        yield f"the metadata says {count} experts; llama.cpp takes {_MOST_EXPERTS} at most"
+    if used > count or (count and used < 1):
+        yield f"the metadata says {used} of {count} experts are used"
+    if (groups > 1 and (count % groups or not 0 < chosen < groups)) or (groups and groups >= count):
+        yield f"the metadata says {chosen} of {groups} groups of {count} experts are used"
 
 
 def _check_tensors(view: Inspection) -> Iterator[str]:
@@ -163,6 +202,7 @@ def _check_tensors(view: Inspection) -> Iterator[str]:
             by_layer.setdefault(name.layer, []).append((name, spec))
     roles = {name.role for found in by_layer.values() for name, _ in found}
     gated, n_embd = bool(roles & {"gate", "gate_up"}), _expert_input(file)
+    n_router = file.arch_integer("embedding_length", 0)
     layers = {layer.index: layer for layer in view.layers}
     for index, found in sorted(by_layer.items()):
         if index not in layers:
@@ -176,7 +216,7 @@ def _check_tensors(view: Inspection) -> Iterator[str]:
             if name.role not in ("router", "map") and name.tier not in tiers:
                 yield f"{spec.name}: left over, it belongs to no expert of its layer"
             else:
-                yield from _check_shape(layer, name, spec, n_embd or _found_input(found))
+                yield from _check_shape(layer, name, spec, n_embd or _found_input(found), n_router)
     yield from _check_hash_tables(view)
 
 
@@ -202,12 +242,14 @@ def _check_complete(index: int, tier: int | None, own: set[str], gated: bool) ->
             yield f"{named(role)} is missing"
 
 
-def _check_shape(layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: int) -> Iterator[str]:
+def _check_shape(layer: LayerView, name: ExpertName, spec: TensorSpec, n_embd: int, n_router: int) -> Iterator[str]:
     if name.role == "map":
         return
     if name.role == "router":
         if (rows := n_entries(spec.ne)) != len(layer.experts):
             yield f"{spec.name} has {rows} rows for {len(layer.experts)} experts"
+        if spec.name.endswith("ffn_gate_inp.weight") and n_router and spec.ne[0] != n_router:
+            yield f"{spec.name} reads {spec.ne[0]} numbers, the model has {n_router}"
         return
     width, count, _ = layer.tiers[name.tier or 0]
     rows = width * (2 if name.role == "gate_up" else 1)

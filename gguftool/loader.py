@@ -103,7 +103,7 @@ def usable_device(device: str, *, solves: bool = False) -> torch.device:
 def empty_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM in eval mode with parameters on the meta device, and with its buffers computed on `device`."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype, trust_remote_code=False)
     for path, module in model.named_modules():
         # Buffers that a checkpoint has are loaded with the parameters.
         computed = module._non_persistent_buffers_set

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .durable import write_text
 from .evaluate import Comparison, pool
 
 ROW_FORMAT, ROW_VERSION = "gguftool.sweep-row", 1
@@ -31,12 +32,8 @@ class Store:
 
     def save(self, key: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
         """Keeps a measurement; the file appears whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(key)
-        partial = path.with_name(f"{path.name}.partial")
         facts = {"format": ROW_FORMAT, "version": ROW_VERSION, "key": key, "measured": measured}
-        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(self.path(key), json.dumps(facts, indent=1) + "\n")
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """Where the measurement of a key is."""

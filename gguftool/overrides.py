@@ -17,9 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .durable import note_saved, settle
+from .durable import note_saved, replacing
 from .errors import GgufToolError
 from .plan import PrunePlan
+from .strict_json import GARBLED, parse, text
 
 FORMAT = "gguftool.weights"
 VERSION = 2
@@ -93,9 +94,12 @@ class Overrides:
             return None
         path, name = self.places[layer, expert, role]
         try:
-            return np.asarray(self._open(path).get_tensor(name), dtype=np.float32)
-        except (SafetensorError, OSError) as error:
+            found = np.asarray(self._open(path).get_tensor(name), dtype=np.float32)
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
             raise GgufToolError(f"{path}: damaged weights file ({error})") from error
+        if not np.isfinite(found).all():
+            raise GgufToolError(f"{path}: the weights' {name} is not finite; make them again")
+        return found
 
     def shape(self, key: Key) -> Shape:
         """The shape of a matrix, from its file's header."""
@@ -125,13 +129,13 @@ class Overrides:
             raise GgufToolError(f"{path}: no such file; `gguftool refit` and `gguftool dern` make weights")
         try:
             with safe_open(path, "numpy") as file:
-                header = json.loads((file.metadata() or {}).get("gguftool", "{}"))
+                header = parse((file.metadata() or {}).get("gguftool", "{}"))
                 _check_version(path, header)
-                origin = Origin(
-                    str(header["made_by"]), str(header["kept_hash"]), tuple(header["dataset"]), tuple(header["notes"])
-                )
+                origin = _origin(header)
                 places = {_key(name): (path, name) for name in file.keys()}
-        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+                if len(places) < len(file.keys()):
+                    raise ValueError("the same matrix twice")
+        except (SafetensorError, *GARBLED, OSError) as error:
             raise GgufToolError(f"{path}: damaged weights file ({error})") from error
         return cls(origin, places)
 
@@ -151,6 +155,9 @@ class Overrides:
                 raise GgufToolError(f"the weights have layer {layer}, which the plan does not prune")
             if not widths[layer].get(expert):
                 raise GgufToolError(f"the weights have layer {layer}, expert {expert}, which the plan does not keep")
+            path, name = self.places[key]
+            if (kind := self._open(path).get_slice(name).get_dtype()) != "F32":
+                raise GgufToolError(f"{path}: the weights' {name} is {kind}, not F32; make them again")
             width = widths[layer][expert]
             want, have = ((n_embd, width) if role == "down" else (width, n_embd)), self.shape(key)
             if have != want:
@@ -207,24 +214,21 @@ def writing(
         most |= _entry(key, shape, end)
         end += 4 * prod(shape)
     size = -(-(len(_header(origin, (), most)) + notes) // 8) * 8
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as stream:
-            stream.seek(8 + size)
-            writer = Writer(stream)
-            yield writer
-            header = _header(origin, writer.notes, writer.entries)
-            assert len(header) <= size, "more was added than there is room for"
-            stream.seek(0)
-            stream.write(size.to_bytes(8, "little") + header.ljust(size))
-            stream.truncate(8 + size + writer.end)
-        if work_dir is not None:
-            note_saved(work_dir, partial)
-        settle(partial, path)
+        with replacing(path) as partial:
+            with partial.open("wb") as stream:
+                stream.seek(8 + size)
+                writer = Writer(stream)
+                yield writer
+                header = _header(origin, writer.notes, writer.entries)
+                assert len(header) <= size, "more was added than there is room for"
+                stream.seek(0)
+                stream.write(size.to_bytes(8, "little") + header.ljust(size))
+                stream.truncate(8 + size + writer.end)
+            if work_dir is not None:
+                note_saved(work_dir, partial)
     except OSError as error:
         raise GgufToolError(f"{path}: cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _header(origin: Origin, notes: Iterable[str], entries: Mapping[str, Any]) -> bytes:
@@ -238,6 +242,12 @@ def _header(origin: Origin, notes: Iterable[str], entries: Mapping[str, Any]) ->
 def _entry(key: Key, shape: Shape, start: int) -> dict[str, Any]:
     offsets = [start, start + 4 * prod(shape)]
     return {_name(key): {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}}
+
+
+def _origin(header: Mapping[str, Any]) -> Origin:
+    dataset = tuple(dict(item) for item in header["dataset"])
+    notes = tuple(text(note, "notes") for note in header["notes"])
+    return Origin(text(header["made_by"], "made_by"), text(header["kept_hash"], "kept_hash"), dataset, notes)
 
 
 def _check_version(path: Path, header: Mapping[str, Any]) -> None:
@@ -254,6 +264,6 @@ def _name(key: Key) -> str:
 
 def _key(name: str) -> Key:
     layer, expert, role = name.split(".")
-    if role not in ROLES:
-        raise ValueError(f"{name} is no gate, up or down")
+    if role not in ROLES or not (layer.isdecimal() and expert.isdecimal()):
+        raise ValueError(f"{name} is no gate, up or down of an expert")
     return int(layer), int(expert), role

@@ -370,7 +370,7 @@ class LoadedModel(Loaded):
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use."""
+    """Processors that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,39 @@ from .chat import template_of_gguf
 from .checkpoint import Checkpoint
 from .corpus import read_scored
 from .coverage import coverage
+from .crosscheck import crosscheck
 from .dern import dern, drops_experts
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
+from .extras import ALL, Extras, add_extras
 from .gguf_model import GgufModel, is_gguf
 from .gguf_refit import NO_SEQUENTIAL, refit_gguf
+from .journal import Journal
 from .memory import parse_dtype
 from .methods import method
 from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
+from .prediction import noise
 from .prepare import Job, Prepared, prepare
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
 from .refit import can_refit, refit_memory
 from .refit import refit as refit_weights
 from .report import Report, Row
+from .report_facts import calibrated_facts, expert_facts, model_facts
+from .runtime_base import BACKENDS
+from .runtime_base import built as built_runtime
 from .sequential import refit_sequentially
+from .sources import as_source
+from .trial import Tried
+from .verification import Expected, Verified, check_sound, failures, hashes
 from .workspace import Say, Workspace
 from .writer import prune
+
+# Windows of each calibration text, and of a text on every other backend, that a finished model is checked on: enough to see
+# a broken file or a wrong kernel, a small part of what calibration took.
+CHECKED_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     if refit and can_refit(source.model, plan):
         name = f"{stem}.refit{'-sequential' if refit == 'sequential' else ''}.safetensors"
         path = work.step(name, kept, lambda path: _refit(job, work, source, plan, refit, path))
-        weights = Overrides.load(path)
+        weights = work.read(path, Overrides.load)
         sequential = refit == "sequential"
         stem, label = f"{stem}{'RS' if sequential else 'R'}", f"{label} + {'sequential ' if sequential else ''}refit"
     elif recipe.method == "dern" and drops_experts(plan):
@@ -84,7 +98,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
             kept,
             lambda path: dern(checkpoint, plan, path, device=job.device, progress=job.progress),
         )
-        weights = Overrides.load(path)
+        weights = work.read(path, Overrides.load)
     notes += weights.origin.notes if weights is not None else ()
     if refit and weights is None and plan.kept_share < 1:
         notes = (
@@ -94,7 +108,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     pruned = work.step(
         f"{stem}-{source.encoding}.gguf",
         kept,
-        lambda path: prune(base, plan, path, ggml=job.runtime.ggml, overrides=weights, progress=job.progress),
+        lambda path: _prune(job, base, plan, weights, path),
     )
     if target is None or source.has_encoding(target):
         return Built(f"{label} {target}" if target else label, plan, source.encoding, pruned, notes)
@@ -148,10 +162,16 @@ def quantize_base(job: Job, work: Workspace, source: Prepared, target: str) -> B
     return Built(f"unpruned {target}", None, target, path)
 
 
+def _prune(job: Job, base: Path, plan: PrunePlan, weights: Overrides | None, out: Path) -> None:
+    prune(base, plan, out, ggml=job.runtime.ggml, overrides=weights, progress=job.progress)
+    check_sound(out)
+
+
 def _quantize(job: Job, source: Prepared, pruned: Path, target: str, out: Path) -> None:
     tools = QuantizeTool(job.runtime.tool("llama-quantize"), progress=job.progress)
     again = isinstance(source.model, GgufModel) and source.model.is_quantized
     quantize(pruned, target, out, imatrix=source.stats, tools=tools, allow_requantize=again)
+    check_sound(out)
 
 
 def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Sequence[str] = ()) -> Report:
@@ -160,11 +180,9 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     for path in job.evaluation:
         text, special = read_scored(path, lambda: template_of_gguf(base))
         job.progress(0, 1, f"evaluating {len(built)} models on {path.name}")
-        found[path.stem] = compare_many(
-            base, [item.path for item in built], text, llama=job.llama, n_ctx=job.n_ctx,
-            max_windows=job.eval_windows, backend=job.runtime.backend, progress=job.progress, parse_special=special,
-            n_gpu_layers=0 if job.runtime.backend == "cpu" else 999,
-        )  # fmt: skip
+        found[path.stem] = _compared(job, base, built, text, special, job.eval_windows)
+        measured = [(item.label, one.as_dict()) for item, one in zip(built, found[path.stem], strict=True)]
+        job.watch("measured", {"text": path.stem, "models": measured})
     first = {name: results[0].as_dict() for name, results in found.items()}
     rows = [
         Row(
@@ -187,21 +205,130 @@ def judge(job: Job, base: Path, built: Sequence[Built], model: str, notes: Seque
     return Report(model, base.stat().st_size, base_values, rows, protocol, tuple(notes))
 
 
-def compress(job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "") -> Report:
-    """The whole line for one recipe; the report stands beside the files in `out`."""
+def _compared(
+    job: Job, base: Path, built: Sequence[Built], text: str, special: bool, windows: int | None
+) -> list[Comparison]:
+    return compare_many(
+        base, [item.path for item in built], text, llama=job.llama, n_ctx=job.n_ctx, max_windows=windows,
+        backend=job.runtime.backend, progress=job.progress, parse_special=special,
+        n_gpu_layers=job.runtime.n_gpu_layers,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What a recipe led to, before it is measured: `built` first, then what it is compared with; `files` are the names of all
+    that was made, `notes` what a reader of the report must know."""
+
+    work: Workspace
+    source: Prepared
+    built: Built
+    rivals: Sequence[Built]
+    notes: Sequence[str]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files of this run, the dear ones first."""
+        return list(dict.fromkeys(self.work.used))
+
+
+def produce(
+    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", dry: bool = False, journal: Journal | None = None
+) -> Produced:  # fmt: skip
+    """Every file of one recipe, in `out`; what is there already stays. A `dry` run only finds what that is."""
+    watch = job.watch if journal is None else journal.hearing(job.watch)
+    work = Workspace(out, say, watch=watch, dry=dry)
+    if journal is not None:
+        journal.begin()  # the folder is this run's now
     target = recipe.target
-    if not job.evaluation:
-        raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
     check_refit(job, recipe, refit)
-    work = Workspace(out, say)
     source = prepare(job, work, [recipe])
+    if journal is not None:
+        journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built = build(job, work, source, recipe, refit=refit)
     quantized = target is not None and target not in encoding.FLOATS and not source.has_encoding(target)
     rivals = [quantize_base(job, work, source, target)] if target and quantized else []
     assert built.plan is not None
-    notes = [built.plan.formula, *built.plan.notes, *built.notes, *coverage(source.stats).notes()]
+    notes = [built.plan.formula, *built.plan.notes, *built.notes]
+    notes += [] if dry else coverage(source.stats).notes()
+    if journal is not None:
+        journal.learn(experts=expert_facts(source.stats, built.plan))
     if isinstance(source.model, GgufModel) and source.model.is_quantized:
         notes.append(f"the original here is {source.encoding} itself: what that had cost before is in no number")
-    report = judge(job, source.base, [built, *rivals], source.stats.model.name, notes)
-    report.save(out)
-    return report
+    return Produced(work, source, built, rivals, notes)
+
+
+def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report:
+    """Measures what was made, holds it against what can be right, and leaves the report beside the files.
+
+    A report with failures is one of a run that is not done.
+    """
+    models = [made.built, *made.rivals]
+    watch = journal.hearing(job.watch)
+    watch("stage", {"name": "measure"})
+    report = judge(job, made.source.base, models, made.source.stats.model.name, made.notes)
+    journal.measured(report)
+    expected = [Expected(model.label, None) for model in models]
+    texts = {text: [row.texts[text] for row in report.rows] for text in report.base}
+    watch("stage", {"name": "check"})
+    faults = list(failures(texts, expected, made.source.stats.model.n_vocab))
+    faults += [*far_from_plan(job, made), *backends_apart(job, made)]
+    verified = Verified(hashes(made.work.folder, made.files, job.progress), faults)
+    verified.save(made.work.folder)
+    journal.measured(replace(report, failures=tuple(faults)))
+    tried = [Tried(item.label, item.path, item.plan) for item in models]
+    add_extras(journal, job, made.source.base, tried, extras, verified.files)
+    return journal.finish()
+
+
+def far_from_plan(job: Job, made: Produced) -> list[str]:
+    """Calibration texts on which the model that was made is farther from the original than its plan explains.
+
+    The evaluation texts may be far from calibration, of which a plan knows nothing; these are what it was made for.
+    """
+    plan, stats, base = made.built.plan, made.source.stats, made.source.base
+    assert plan is not None
+    models, texts = [made.built, *made.rivals], {}
+    for source, (_, windows) in zip(map(as_source, job.calibration), made.source.domains, strict=True):
+        if len(windows) < 2:
+            continue  # read as one text, and not document by document, a single window may come out too short
+        text, special = read_scored(source, lambda: template_of_gguf(base))
+        texts[f"{source.name} (calibration)"] = [
+            one.as_dict() for one in _compared(job, base, models, text, special, CHECKED_WINDOWS)
+        ]
+    quantized = {name: float(rows[1]["kld"]["mean"]) for name, rows in texts.items() if made.rivals}
+    expected = [Expected(made.built.label, noise(stats, plan), quantized)]
+    expected += [Expected(item.label, None) for item in made.rivals]
+    return list(failures(texts, expected, stats.model.n_vocab))
+
+
+def backends_apart(job: Job, made: Produced) -> list[str]:
+    """Where more than one backend has been built: whether they compute the same of the pruned file."""
+    backends = [name for name in BACKENDS if built_runtime(name)]
+    if len(backends) < 2:
+        return []
+    found = crosscheck(
+        backends, made.source.base, made.built.path, job.evaluation[0], n_ctx=job.n_ctx, max_windows=CHECKED_WINDOWS,
+        progress=job.progress,
+    )  # fmt: skip
+    if found.ok:
+        return []
+    return [
+        f"{made.built.label}: {' and '.join(backends)} differ by {found.difference:.5f} in ln(perplexity), more than "
+        f"{found.tolerance:.5f}; `gguftool runtime selftest` looks for the reason"
+    ]
+
+
+def compress(
+    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", extras: Extras = ALL
+) -> Report:  # fmt: skip
+    """The whole line for one recipe; the report stands beside the files in `out`, from the start on (see `journal`)."""
+    check_judged(job)
+    with Journal(out, job.model.name) as journal:
+        return assess(job, produce(job, out, recipe, say, refit=refit, journal=journal), journal, extras)
+
+
+def check_judged(job: Job) -> None:
+    """Raises GgufToolError where there is no text to judge by."""
+    if not job.evaluation:
+        raise GgufToolError("compress needs a text to judge the result by: --eval FILE")

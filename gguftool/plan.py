@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -17,12 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import write_text
 from .errors import GgufToolError
 from .recipe import Recipe
-from .tensors import TensorSpec
+from .strict_json import GARBLED, parse, text, whole
+from .tensors import TensorSpec, specs_from_json
 
 FORMAT = "gguftool.plan"
 VERSION = 1
+# More neurons than any expert has (Mixtral: 14336), experts than any layer: what a plan says must not decide what is allocated.
+MOST_NEURONS, MOST_EXPERTS = 1 << 20, 1 << 16
 
 Neurons = NDArray[np.int64]
 
@@ -148,7 +152,9 @@ class PrunePlan:
             raise GgufToolError(
                 f"{where}: {len(layer.router)} experts in the router, neurons for {len(layer.retained)}"
             )
-        if list(layer.router) != sorted(set(layer.router)) or not set(layer.router) <= set(range(self.n_expert)):
+        if list(layer.router) != sorted(set(layer.router)) or not all(
+            0 <= expert < self.n_expert for expert in layer.router
+        ):
             raise GgufToolError(f"{where}: the router's experts are not ascending ids below {self.n_expert}")
         if len(layer.router) < self.n_expert_used:
             raise GgufToolError(
@@ -167,10 +173,7 @@ class PrunePlan:
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON, a line an expert."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(dumps(self), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, dumps(self))
 
     @classmethod
     def load(cls, path: Path) -> PrunePlan:
@@ -178,8 +181,8 @@ class PrunePlan:
         if not path.is_file():
             raise GgufToolError(f"{path}: no such plan; `gguftool plan` makes one")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raw = parse(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
             raise GgufToolError(f"{path}: not a plan ({error})") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise GgufToolError(f"{path}: not a gguftool plan")
@@ -187,7 +190,7 @@ class PrunePlan:
             raise GgufToolError(f"{path}: plan version {raw.get('version')}, this gguftool reads {VERSION}; plan again")
         try:
             plan = _from_json(raw)
-        except (KeyError, TypeError, ValueError) as error:
+        except GARBLED as error:
             raise GgufToolError(f"{path}: the plan lacks or garbles {error}") from error
         plan.check()
         return plan
@@ -248,41 +251,41 @@ def _layer_json(layer: LayerPlan, n_ff: int) -> str:
 
 
 def _from_json(raw: dict[str, Any]) -> PrunePlan:
-    n_ff = int(raw["n_ff_exp"])
+    n_ff = whole(raw["n_ff_exp"], "n_ff_exp", 1, MOST_NEURONS)
     # JSON has lists for tuples.
     recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["recipe"].items()}
+    of_stats = raw["stats_fingerprint"]
+    every = np.arange(n_ff, dtype=np.int64)  # one for all experts that are kept whole
     return PrunePlan(
         recipe=Recipe(**recipe),
-        **{k: raw[k] for k in ("formula", "model_name", "model_fingerprint", "gguf_arch", "stats_fingerprint")},
-        dataset=tuple((str(name), int(tokens)) for name, tokens in raw["dataset"]),
-        n_expert=int(raw["n_expert"]),
-        n_expert_used=int(raw["n_expert_used"]),
+        **{k: text(raw[k], k) for k in ("formula", "model_name", "model_fingerprint", "gguf_arch")},
+        stats_fingerprint=None if of_stats is None else text(of_stats, "stats_fingerprint"),
+        dataset=tuple((text(name, "dataset"), whole(tokens, "dataset")) for name, tokens in raw["dataset"]),
+        n_expert=whole(raw["n_expert"], "n_expert", 1, MOST_EXPERTS),
+        n_expert_used=whole(raw["n_expert_used"], "n_expert_used", 1, MOST_EXPERTS),
         n_ff_exp=n_ff,
-        layers=tuple(_layer_from_json(layer, n_ff) for layer in raw["layers"]),
-        notes=tuple(raw["notes"]),
-        tensors=_specs(raw["tensors"]),
-        encoded=_specs(raw["encoded"]),
+        layers=tuple(_layer_from_json(layer, every) for layer in raw["layers"]),
+        notes=tuple(text(note, "notes") for note in raw["notes"]),
+        tensors=specs_from_json(raw["tensors"]),
+        encoded=specs_from_json(raw["encoded"]),
     )
 
 
-def _specs(raw: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(t["name"], tuple(t["ne"]), t["type"]) for t in raw)
-
-
-def _layer_from_json(raw: dict[str, Any], n_ff: int) -> LayerPlan:
+def _layer_from_json(raw: dict[str, Any], every: Neurons) -> LayerPlan:
     router, retained = [], []
     for row in raw["experts"]:
-        router.append(int(row["expert"]))
-        retained.append(_neurons(row, n_ff))
-        if len(retained[-1]) != int(row["width"]):
+        router.append(whole(row["expert"], "expert"))
+        retained.append(_neurons(row, every))
+        if len(retained[-1]) != row["width"]:
             raise ValueError(
                 f"layer {raw['layer']}, expert {row['expert']}: width {row['width']}, mask of {len(retained[-1])}"
             )
     importance = tuple(float(value) for value in raw.get("importance", ()))
-    return LayerPlan(int(raw["layer"]), tuple(router), tuple(retained), importance)
+    return LayerPlan(whole(raw["layer"], "layer"), tuple(router), tuple(retained), importance)
 
 
-def _neurons(row: dict[str, Any], n_ff: int) -> Neurons:
-    words: dict[str, Sequence[int] | Neurons] = {"all": np.arange(n_ff), "none": np.arange(0)}
-    word = str(row["neurons"])
-    return np.asarray(words[word] if word in words else unpack_mask(bytes.fromhex(word), n_ff), dtype=np.int64)
+def _neurons(row: dict[str, Any], every: Neurons) -> Neurons:
+    word = text(row["neurons"], "neurons")
+    if word in ("all", "none"):
+        return every if word == "all" else every[:0]
+    return unpack_mask(bytes.fromhex(word), len(every))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .durable import replacing
 from .sweep_report import CONTROL, UNPRUNED, SweepReport, SweepRow
 
 if TYPE_CHECKING:
@@ -37,11 +38,10 @@ def save(report: SweepReport, paths: Sequence[Path]) -> None:
         figure = draw(report)
         FigureCanvasAgg(figure)
         for path in paths:
-            partial = path.with_name(f"{path.name}.partial")
             kind = path.suffix.removeprefix(".")
             metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(partial, format=kind, dpi=150, metadata=metadata)
-            partial.replace(path)
+            with replacing(path) as partial:
+                figure.savefig(partial, format=kind, dpi=150, metadata=metadata)
 
 
 def draw(report: SweepReport) -> Figure:

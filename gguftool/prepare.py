@@ -35,7 +35,8 @@ from .recipe import Recipe
 from .runtime import Runtime
 from .sources import Source
 from .stats import CalibrationStats, Domain
-from .workspace import Workspace
+from .verification import check_sound
+from .workspace import Watch, Workspace
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Job:
         seed: above 0, draw the windows of a calibration text instead of taking the first ones.
         dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them; of a GGUF
             only `memory`, which its second moments may take.
+        watch: told of every step and measurement.
     """
 
     model: Path
@@ -65,6 +67,7 @@ class Job:
     seed: int = 0
     dtype: str = "auto"
     memory: str | None = None
+    watch: Watch = lambda _what, _facts: None
 
     @property
     def limit(self) -> int | None:
@@ -126,7 +129,7 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
         calibrate(checkpoint, domains, scratch, device=job.device, how=how, progress=job.progress, out=path)
 
     path = work.step(_stats_name(job), inputs | _texts_key(job, domains) | {"dtype": str(how.dtype)}, measure)
-    stats = CalibrationStats.load(path)
+    stats = work.read(path, CalibrationStats.load) or blank
     return Prepared(checkpoint, base, stats, domains)
 
 
@@ -135,14 +138,18 @@ def base_gguf(job: Job, work: Workspace, checkpoint: Checkpoint) -> Path:
     return work.step(
         "base.gguf",
         _model_key(checkpoint) | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
-        lambda path: convert(
-            checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress
-        ),
+        lambda path: convert_soundly(job, checkpoint, path),
     )
 
 
 def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
+
+
+def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
+    """Converts, then reads what was written."""
+    convert(checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, progress=job.progress)
+    check_sound(path)
 
 
 def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
@@ -167,7 +174,7 @@ def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepa
         )  # fmt: skip
 
     path = work.step(_stats_name(job), key | _texts_key(job, domains), measure)
-    stats = CalibrationStats.load(path)
+    stats = work.read(path, CalibrationStats.load) or blank
     work.state["base.gguf"] = model.fingerprint
     return Prepared(replace(model, norm_topk=stats.model.norm_topk), job.model, stats, domains)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .durable import held, scratch, settle
 from .errors import GgufToolError
 from .evaluate import compare_many
 from .gguf_file import Progress, check_space
@@ -63,6 +63,14 @@ def measure_layers(
     """
     if how.at_once < 1:
         raise GgufToolError(f"--at-once {how.at_once} is less than 1")
+    with held(out):
+        return _measure(how, stats, conditions, out, say, progress)
+
+
+def _measure(
+    how: Probe, stats: CalibrationStats, conditions: Conditions, out: Path, say: Callable[[str], None],
+    progress: Progress | None,
+) -> Sensitivity:  # fmt: skip
     partial = out.with_name(out.name + ".partial")
     found = _resume(partial, conditions, say)
     recipe = conditions.recipe
@@ -75,11 +83,13 @@ def measure_layers(
         check_space(out, peak)
         say(f"{len(todo)} layers, at most {len(groups[0])} files at a time: {peak / 1e9:.3f} GB of disk beside {out}")
     for group in groups:
-        found = found.with_costs(_measure_group(how, plan_of, conditions, group, out.parent, progress))
+        found = found.with_costs(_measure_group(how, plan_of, conditions, group, out, progress))
         found.check()
         found.save(partial)
-    found.save(out)
-    partial.unlink(missing_ok=True)
+    if partial.exists():  # it has everything by now
+        settle(partial, out)
+    else:
+        found.save(out)
     return found
 
 
@@ -112,15 +122,15 @@ def _measure_group(
     plan_of: LayerPlans,
     conditions: Conditions,
     group: tuple[int, ...],
-    folder: Path,
+    out: Path,
     progress: Progress | None,
 ) -> tuple[LayerCost, ...]:
     """The costs of some layers, measured side by side."""
-    with tempfile.TemporaryDirectory(prefix="sensitivity-", dir=folder) as scratch:
+    with scratch(out.with_name(f".{out.name}.files")) as folder:
         paths, lost = [], []
         for layer in group:
             plan, value = plan_of(layer)
-            paths.append(Path(scratch) / f"layer-{layer}.gguf")
+            paths.append(folder / f"layer-{layer}.gguf")
             lost.append(value)
             prune(how.base, plan, paths[-1], ggml=how.ggml, progress=_named(progress, f"layer {layer}"))
         results = compare_many(

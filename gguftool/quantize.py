@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cut
+from .durable import full, held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
-from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, replacing, write_gguf
+from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
+from .gguf_model import OWN
+from .hf_to_gguf import FINGERPRINT_KEY
 from .plan import LayerPlan, keep_all
+from .processes import ending
 from .stats import Array, CalibrationStats
 from .tensors import TensorSpec
 
@@ -68,15 +71,17 @@ def quantize(
     imatrix: CalibrationStats | None = None,
     force: bool = False,
     allow_requantize: bool = False,
+    dry_run: bool = False,
 ) -> Quantized:
-    """Writes `source` as `out` in the encoding `target`; `source` is only read.
+    """Writes `source` as `out` in the encoding `target`; `source` is only read. `dry_run`: checks and counts only.
 
     Raises:
         GgufToolError: an unknown target, an output that exists, too little disk, a source that is quantized already,
             an encoding that needs an importance matrix and has none, a failure of llama-quantize (its own words are
             given), or a result in which a tensor has another type than was asked for. No output is left behind.
     """
-    check_output(out, force, source)
+    if not dry_run:
+        check_output(out, force, source)
     if not tools.binary.is_file():
         raise GgufToolError(f"{tools.binary}: no llama-quantize there; build the runtime first")
     file = GgufFile(source)
@@ -84,10 +89,12 @@ def quantize(
     if not allow_requantize:
         _refuse_requantizing(file, specs)
     header = source.stat().st_size - sum(spec.padded_bytes for spec in file.tensors)
-    check_space(out, sum(spec.padded_bytes for spec in specs) + max(header, 0) + _ADDED_KVS)
+    expected = sum(spec.padded_bytes for spec in specs) + max(header, 0)
+    check_space(out, expected + _ADDED_KVS)
     entries = _entries_for(file, target, specs, imatrix)
-    with replacing(out) as partial, tempfile.TemporaryDirectory(dir=out.parent, prefix=".quantize-") as folder:
-        work = Path(folder)
+    if dry_run:
+        return Quantized(out, expected, specs)
+    with replacing(out) as partial, scratch(out.with_name(f".{out.name}.quantize")) as work:
         (work / "types.txt").write_text(_type_lines(specs), encoding="utf-8")
         options = ["--tensor-type-file", "types.txt"]
         if entries and imatrix:
@@ -98,8 +105,10 @@ def quantize(
         # Absolute paths: llama-quantize takes an output whose name begins with a number for a file type.
         paths = [str(source.resolve()), str(partial.resolve())]
         threads = [str(tools.threads)] if tools.threads else []
-        _run([str(tools.binary.resolve()), *options, *paths, parse_target(target).name, *threads], work, tools.progress)
+        command = [str(tools.binary.resolve()), *options, *paths, parse_target(target).name, *threads]
+        _run(command, work, tools.progress, out)
         _verify(file, GgufFile(partial), specs, target)
+        file.check_unchanged()
     return Quantized(out, out.stat().st_size, specs)
 
 
@@ -216,9 +225,13 @@ def _entries_for(file: GgufFile, target: str, specs: Sequence[TensorSpec], stats
 def _check_stats(file: GgufFile, pruned: cut.Cut | None, stats: CalibrationStats) -> None:
     """Raises GgufToolError for stats of another model than the one that the file was cut from."""
     model = stats.model
-    if pruned and (fingerprint := file.value(f"{cut.KEY}base.fingerprint", "")) and fingerprint != model.fingerprint:
+    # A file that says from which checkpoint it was made is quantized with that one's stats; those of a GGUF are of a file.
+    key = f"{cut.KEY}base.fingerprint" if pruned else FINGERPRINT_KEY
+    checked = pruned or not model.fingerprint.startswith(OWN)
+    if checked and (fingerprint := file.value(key, "")) and fingerprint != model.fingerprint:
+        made, name = ("cut", file.value(f"{cut.KEY}base.name", "a model")) if pruned else ("made", "a checkpoint")
         raise GgufToolError(
-            f"{file.path} was cut from {file.value(f'{cut.KEY}base.name', 'a model')} ({str(fingerprint)[:12]}), the "
+            f"{file.path} was {made} from {name} ({str(fingerprint)[:12]}), the "
             f"stats are of {model.name} ({model.fingerprint[:12]}): they are of another model, or of another version"
         )
     if pruned and (pruned.n_expert, pruned.n_ff_exp) != (model.n_expert, model.n_ff_exp):
@@ -290,13 +303,13 @@ def _type_lines(specs: Iterable[TensorSpec]) -> str:
     )
 
 
-def _run(command: list[str], folder: Path, progress: Progress | None) -> None:
+def _run(command: list[str], folder: Path, progress: Progress | None, out: Path) -> None:
     """Runs llama-quantize; raises GgufToolError with its last lines where it fails. Stops it when we are stopped."""
     last: deque[str] = deque(maxlen=6)
     try:
         process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            encoding="utf-8", errors="replace",
+            encoding="utf-8", errors="replace", pass_fds=held_handles(),
         )  # fmt: skip
     except OSError as error:
         raise GgufToolError(f"{command[0]}: cannot be run ({error})") from error
@@ -311,7 +324,7 @@ def _run(command: list[str], folder: Path, progress: Progress | None) -> None:
             process.terminate()
             raise
     if process.returncode:
-        raise GgufToolError(f"llama-quantize failed (exit {process.returncode}): {' | '.join(last)}")
+        raise GgufToolError(f"llama-quantize failed ({ending(process.returncode)}): {' | '.join(last)}{full(out)}")
 
 
 def without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def write_random_checkpoint(directory: Path, shape: ModelShape, n_layers: int, s
         shapes = dict(_outer(shape) if number < 0 else _layer(shape, number))
         _write_shard(file, shapes, pool, seed)
         weight_map |= dict.fromkeys(shapes, file.name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _write_index(directory, weight_map)
     (directory / "config.json").write_text(json.dumps(_config(shape, n_layers), indent=1))
     return directory
 
@@ -71,9 +71,15 @@ def first_layers(directory: Path, whole: Path, n_layers: int) -> Path:
     weight_map = {name: file for name, file in weight_map.items() if not name.startswith(gone)}
     for file in set(weight_map.values()):
         os.symlink((whole / file).resolve(), directory / file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _write_index(directory, weight_map)
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_layers}, indent=1))
     return directory
+
+
+def _write_index(directory: Path, weight_map: dict[str, str]) -> None:
+    """The list of shards; some versions of transformers read `metadata` though it may be empty."""
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(text)
 
 
 def _config(shape: ModelShape, n_layers: int) -> dict[str, object]:
@@ -125,7 +131,8 @@ def _layer(shape: ModelShape, layer: int) -> Iterator[tuple[str, tuple[int, ...]
 
 
 def _write_shard(file: Path, shapes: dict[str, tuple[int, ...]], pool: Bits, seed: int) -> None:
-    header: dict[str, object] = {}
+    # transformers before 5 refuses a file that does not name its framework.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + 2 * prod(shape)]}

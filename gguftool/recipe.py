@@ -59,6 +59,13 @@ class Recipe:
     imatrix: bool = True
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            if type(getattr(self, name)) not in kinds:
+                raise GgufToolError(
+                    f"the recipe's {name} is {str(getattr(self, name))[:40]!r}, not {kinds[0].__name__}"
+                )
+        if not isfinite(self.ratio):
+            raise GgufToolError(f"--ratio {self.ratio} is not a share from 0 up to, but without, 1")
         if not 0.0 <= self.ratio < 1.0:
             raise GgufToolError(f"--ratio {self.ratio} is not a share from 0 up to, but without, 1")
         if self.whole is not None and not 0.0 <= self.whole <= 1.0 - self.ratio:
@@ -75,15 +82,25 @@ class Recipe:
             raise GgufToolError(f"--calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}")
         if self.schedule not in SCHEDULE_NAMES:
             raise GgufToolError(f"--schedule {self.schedule!r} is not one of {', '.join(SCHEDULE_NAMES)}")
-        if not are_weights(self.depth):
+        if len(self.depth) != 2 or not are_weights(self.depth):
             raise GgufToolError(
-                f"--depth {self.depth[0]}:{self.depth[1]} needs finite weights of 0 or more, one above 0"
+                f"--depth {':'.join(map(str, self.depth))} needs two finite weights of 0 or more, one above 0"
             )
         for name, weights in (("--mix", self.mix), ("the weights of the layers", self.layer_weights)):
             if weights is not None and not are_weights(weights):
                 raise GgufToolError(
                     f"{name}: {','.join(map(str, weights))} are not finite weights of 0 or more, one above 0"
                 )
+
+
+# A recipe may come out of a file: what each field may be, the usual kind first.
+_OR_NONE = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "method": (str,), "ratio": (float, int), "target": (str, _OR_NONE), "align": (int, _OR_NONE), "max_tiers": (int,),
+    "layout": (str,), "criterion": (str, _OR_NONE), "whole": (float, int, _OR_NONE), "depth": (tuple,),
+    "schedule": (str,), "mix": (tuple, _OR_NONE), "layer_weights": (tuple, _OR_NONE), "calibration": (str,),
+    "relative": (bool,), "cut_router": (bool,), "guard": (bool,), "seed": (int,), "imatrix": (bool,),
+}  # fmt: skip
 
 
 def are_weights(values: Sequence[float]) -> bool:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .errors import GgufToolError
 from .plan import PrunePlan
 from .tensors import TensorSpec
+
+FORMAT = "gguftool.report"
+VERSION = 2
+# "cut off" is found out later: a run that says it is running, and whose process is gone.
+STATES = ("running", "done", "failed", "interrupted", "cut off")
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,77 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One way to reach a goal that was weighed against others, whether or not it was taken.
+
+    Attributes:
+        bytes: size of its file.
+        texts: KL divergence by text as far as it was measured: {"mean", "err"}.
+        chosen: whether it is the one that was made. why: the reason, in words.
+    """
+
+    label: str
+    bytes: int
+    texts: Mapping[str, Mapping[str, float]]
+    chosen: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands. Times are ISO 8601 in UTC.
+
+    Attributes:
+        state: one of STATES.
+        stage: what it does, or did last.
+        message: why it failed.
+        pid, host: its process, while it is running.
+    """
+
+    state: str = "done"
+    stage: str = ""
+    message: str = ""
+    started: str = ""
+    updated: str = ""
+    pid: int = 0
+    host: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the numbers are those of a run that came to its end."""
+        return self.state == "done"
+
+    def __str__(self) -> str:
+        """In a sentence; empty for a finished run."""
+        at = f" at {self.stage!r}" if self.stage else ""
+        if self.state == "running":
+            return (
+                f"Running: {self.stage or 'started'} (started {self.started}, last change {self.updated}, process {self.pid} "
+                f"on {self.host}). If that process is gone, the run was cut off; the same command goes on from there."
+            )
+        if self.state == "failed":
+            return f"Failed{at}: {self.message}"
+        if self.state in ("interrupted", "cut off"):
+            word = "Interrupted" if self.state == "interrupted" else "Cut off (the process is gone)"
+            return f"{word}{at}; the same command goes on from there."
+        return ""
+
+
+@dataclass(frozen=True)
 class Report:
     """The rows of one comparison, all against the same base.
 
     Attributes:
         model: name of the base.
-        base_bytes: size of the base GGUF.
+        base_bytes: size of the base GGUF; 0 where it is not known yet.
         base: perplexity of the base by text: {"ppl", "ppl_err", "tokens", "n_ctx", "sha256"}.
         rows: the pruned or quantized models.
         protocol: how it was measured, in words.
         notes: what a reader must know.
+        status: where the run stands; of one that is not done, everything above may be missing.
+        candidates: what was weighed, where something was; budget: the goal that it was weighed by, as names and values.
+        facts: further sections by name, as `report_facts`, `trial` and `provenance` describe them.
+        failures: what cannot be right; the run is not done.
     """
 
     model: str
@@ -48,32 +114,58 @@ class Report:
     rows: Sequence[Row]
     protocol: str
     notes: Sequence[str] = field(default_factory=tuple)
+    status: Status = Status()
+    candidates: Sequence[Candidate] = ()
+    budget: Mapping[str, Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Row | None:
+        """The row that all of the report is about: the first one, if no other one is pruned; None of a comparison of many."""
+        pruned = [row for row in self.rows if row.method != "none"]
+        return pruned[0] if len(pruned) == 1 and pruned[0] is self.rows[0] else None
+
+    failures: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json and --json."""
         return {
-            "format": "gguftool.report",
-            "version": 1,
+            "format": FORMAT,
+            "version": VERSION,
+            "status": {**vars(self.status)},
             "model": self.model,
             "base": {"bytes": self.base_bytes, "texts": {name: dict(values) for name, values in self.base.items()}},
             "rows": [
                 {**vars(row), "texts": {name: dict(value) for name, value in row.texts.items()}} for row in self.rows
             ],
+            "candidates": [{**vars(item), "texts": dict(item.texts)} for item in self.candidates],
+            "budget": None if self.budget is None else dict(self.budget),
             "protocol": self.protocol,
             "notes": list(self.notes),
+            "failures": list(self.failures),
+            "facts": dict(self.facts),
         }
 
-    def save(self, folder: Path) -> None:
-        """Writes report.json and report.md into `folder`."""
-        for name, text in (
-            ("report.json", json.dumps(self.as_dict(), indent=1) + "\n"),
-            ("report.md", self.markdown()),
-        ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+    @classmethod
+    def from_dict(cls, raw: Any) -> Report:
+        """The inverse of `as_dict`. Raises GgufToolError for anything else."""
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise GgufToolError("not a gguftool report")
+        if raw.get("version") != VERSION:
+            raise GgufToolError(
+                f"report version {raw.get('version')}, this gguftool reads {VERSION}; the command that wrote it writes it anew"
+            )
+        try:
+            return cls(
+                str(raw["model"]), int(raw["base"]["bytes"]), dict(raw["base"]["texts"]),
+                [Row(**row) for row in raw["rows"]], str(raw["protocol"]), [str(note) for note in raw["notes"]],
+                Status(**raw["status"]), [Candidate(**item) for item in raw["candidates"]], raw["budget"],
+                dict(raw["facts"]), [str(failure) for failure in raw["failures"]],
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GgufToolError(f"the report lacks or garbles {error}") from error
 
-    def _cells(self, short: bool) -> tuple[list[str], list[list[str]]]:
+    def cells(self, short: bool) -> tuple[list[str], list[list[str]]]:
         """Head and rows; `short` leaves out what a terminal has no room for."""
         head = ["model", "size"] + ([] if short else ["of base"])
         first = ["original", megabytes(self.base_bytes)] + ([] if short else ["100 %"])
@@ -95,7 +187,7 @@ class Report:
 
     def table(self) -> Table:
         """The report as a table for the terminal."""
-        head, rows = self._cells(short=True)
+        head, rows = self.cells(short=True)
         table = Table(
             title=Text(f"{self.model}: what it cost"), caption=self.protocol, title_justify="left", box=box.SIMPLE
         )
@@ -107,11 +199,25 @@ class Report:
 
     def markdown(self) -> str:
         """The report as a Markdown page."""
-        head, rows = self._cells(short=False)
-        lines = [f"# {self.model}: what it cost", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        lines += [f"| {' | '.join(cells)} |" for cells in rows]
-        lines += ["", self.protocol, "", *(f"- {note}" for note in self.notes)]
+        lines = [f"# {self.model}: what it cost", ""]
+        lines += [] if self.status.done else [f"**{self.status}**", ""]
+        if self.base:
+            head, rows = self.cells(short=False)
+            lines += [*markdown_table(head, rows), "", self.protocol, ""]
+        lines += [f"**Not done, this cannot be right:** {failure}" for failure in self.failures]
+        lines += [f"- {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; what a name holds of Markdown's and HTML's own signs is escaped."""
+    lines = [[re.sub(r"[|<>&`*\\\[\]\r\n]", _escaped, cell) for cell in cells] for cells in (head, *rows)]
+    first, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
+    return [first, "|" + "---|" * len(head), *rest]
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\r": " ", "\n": " "}.get(match[0], "\\" + match[0])
 
 
 def megabytes(n_bytes: int) -> str:

@@ -173,11 +173,13 @@ def _cpu_features() -> str:
 
 
 def read_runtime(path: Path) -> Runtime | None:
-    """The runtime built in `path`, or None."""
+    """The runtime built in `path`, or None where there is none, or not all of it: `build` then makes it anew."""
     try:
         raw = json.loads((path / "build.json").read_text(encoding="utf-8"))
+        if any((path / name).stat().st_size != size for name, size in raw.get("files", {}).items()):
+            return None
         return Runtime(path, Base(**raw["base"]), tuple(raw["patches"]), raw["backend"], raw["options"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

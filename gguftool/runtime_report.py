@@ -1,13 +1,15 @@
-"""What `runtime selftest` and `validate` on several backends print."""
+"""What `runtime selftest`, `validate` on several backends and `doctor` print."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .doctor import Finding
 from .report import with_error
 
 
@@ -133,3 +135,14 @@ def calibrate_bench_tables(results: Sequence[Mapping[str, Any]]) -> list[Table |
         )
         found += [memory, speed, ratios, line]
     return found
+
+
+def doctor_table(found: Sequence[Finding]) -> Table:
+    """What `doctor` prints: a line for each thing that it looked at."""
+    table = Table(box=box.SIMPLE)
+    for name in ("", "", "", "mends it"):
+        table.add_column(name, overflow="fold")
+    colours = {"ok": "green", "warn": "yellow", "missing": "red"}
+    for one in found:
+        table.add_row(one.name, Text(one.status, style=colours[one.status]), Text(one.text), Text(one.mend))
+    return table

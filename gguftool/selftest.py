@@ -35,6 +35,7 @@ from .expand import expand
 from .inventory import model_facts
 from .optests import SAMPLE, SKIP_OPS, STOCK_OPS, run_backend_ops, run_moe_skip
 from .plan import LayerPlan, PrunePlan
+from .processes import ending
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
 from .runtime import last_line, require
@@ -229,5 +230,5 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
         # Libraries may print before it.
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return answer
-    how = f"killed by signal {-done.returncode}: " if done.returncode < 0 else ""
+    how = f"{ending(done.returncode)}: " if done.returncode < 0 else ""
     raise GgufToolError(how + last_line(done.stderr).removeprefix("error: "))

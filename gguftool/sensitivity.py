@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from .durable import write_text
 from .errors import GgufToolError
 from .methods import keep_layer, slice_criterion, slice_widths
 from .plan import PrunePlan
@@ -34,6 +35,7 @@ from .planner import fingerprint, make_plan
 from .recipe import Recipe
 from .saliency import neuron_criterion
 from .stats import CalibrationStats
+from .strict_json import GARBLED, parse, text, whole
 
 FORMAT = "gguftool.layers"
 VERSION = 1
@@ -134,15 +136,15 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Writes the JSON to `path`, in one step."""
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text(self.dumps(), encoding="utf-8")
-        fresh.replace(path)
+        write_text(path, self.dumps())
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
         """Reads and checks costs. Raises GgufToolError for a file that is missing, damaged or something else."""
+        if not path.is_file():
+            raise GgufToolError(f"{path}: no such file; `gguftool sensitivity` measures layers")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise GgufToolError(
                 f"{path}: not measured layers ({error}); `gguftool sensitivity` measures them"
@@ -155,7 +157,7 @@ class Sensitivity:
             )
         try:
             found = _from_json(raw)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except GARBLED as error:
             raise GgufToolError(f"{path}: lacks or garbles {error}; measure the layers again") from error
         found.check()
         return found
@@ -163,10 +165,17 @@ class Sensitivity:
 
 def _from_json(raw: dict[str, Any]) -> Sensitivity:
     costs = tuple(
-        LayerCost(int(row["layer"]), float(row["kld"]), float(row["kld_err"]), float(row["lost"]))
+        LayerCost(whole(row["layer"], "layer"), float(row["kld"]), float(row["kld_err"]), float(row["lost"]))
         for row in raw.pop("layers")
     )
-    return Sensitivity(Conditions(**{**raw, "moe_layers": tuple(map(int, raw["moe_layers"]))}), costs)
+    for name in ("model_name", "model_fingerprint", "stats_fingerprint", "criterion", "text", "text_sha256", "backend"):
+        text(raw[name], name)
+    for name in ("base_bytes", "align", "max_tiers", "n_ctx"):
+        whole(raw[name], name)
+    if raw["windows"] is not None:
+        whole(raw["windows"], "windows")
+    layers = tuple(whole(index, "moe_layers") for index in raw["moe_layers"])
+    return Sensitivity(Conditions(**{**raw, "ratio": float(raw["ratio"]), "moe_layers": layers}), costs)
 
 
 def _of_mean_one(values: list[float | None]) -> tuple[float, ...]:

@@ -168,6 +168,7 @@ class _Streams:
                     span = slice(part.start * hidden.shape[1], part.stop * hidden.shape[1])
                     append((goal[part].float() - rest[span].view(goal[part].shape)).to(self.dtype))
         self.stream.loader.release_layer(index)
+        self.checkpoint.check_unchanged()
         self.pruned.advance({f"{expert}.down": values for expert, values in fitted.items()})
         self.pruned.free()
 

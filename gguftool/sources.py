@@ -81,6 +81,16 @@ def files(sources: Sequence[Source]) -> list[Path]:
     return [Path(source.place) for source in sources if not source.hub]
 
 
+def spell(source: Source) -> str:
+    """The source as `--data` has it: `parse_source` reads it back."""
+    text = f"{HUB if source.hub else ''}{source.place}"
+    if source.hub:
+        text += f"{f'/{source.config}' if source.config else ''}:{source.split}"
+    text += f":{source.field}" if source.field is not None else ""
+    text += f":{source.limit}" if source.limit is not None else ""
+    return text + (f"@{source.weight!r}" if source.weight != 1 else "")
+
+
 def parse_source(text: str) -> Source:
     """A source as `--data` has it, see above. Raises GgufToolError for one that cannot be read."""
     if Path(text).is_file():

@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .durable import note_saved, settle
+from .durable import note_saved, replacing
 from .errors import GgufToolError
-from .tensors import TensorSpec
+from .strict_json import GARBLED, parse, text, whole
+from .tensors import TensorSpec, specs_from_json
 
 FORMAT = "gguftool.stats"
 VERSION = 1
@@ -149,6 +151,12 @@ class CalibrationStats:
         domains = (Domain("blank", "", 0),) * n_domains
         return cls(model, domains, 0, experts, neurons, np.ones((*shape, model.n_embd)), np.ones(shape[0]))
 
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of the arrays about experts, most of the file."""
+        arrays = [*self.experts.values(), *self.neurons.values(), self.expert_inputs]
+        return sum(array.size * 8 for array in arrays)
+
     def expert(self, name: str) -> Array:
         """An expert accumulator over all domains, [L, E]: the sum, or the maximum for `max_out`."""
         values = self.experts[name]
@@ -175,8 +183,12 @@ class CalibrationStats:
                 f"the stats' 'residual_inverse' is no positive sum for each of {n_layers} layers; calibrate again"
             )
         for name, values in (*have.items(), ("expert_inputs", self.expert_inputs), *self.linears.items()):
+            if values.dtype != np.float64:
+                raise GgufToolError(f"the stats' {name!r} is {values.dtype}, not float64; calibrate again")
             if not np.isfinite(values).all():
                 raise GgufToolError(f"the stats' {name!r} is not finite; the checkpoint or its calibration overflowed")
+        if (self.experts["count"] < 0).any():
+            raise GgufToolError("the stats count fewer than 0 tokens of an expert; calibrate again")
         routed = self.experts["count"].sum(axis=2)
         expected = np.array([[domain.tokens * self.model.n_expert_used] for domain in self.domains], dtype=np.float64)
         if not np.array_equal(routed, np.broadcast_to(expected, routed.shape)):
@@ -206,14 +218,13 @@ class CalibrationStats:
             "n_ctx": self.n_ctx,
             "linear_tokens": self.linear_tokens,
         }
-        partial = path.with_name(path.name + ".partial")
         arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
         try:
-            save_file(arrays, partial, {"gguftool": json.dumps(header)})
-            partial.chmod(0o644)  # safetensors makes files that nobody else may read
-            if work_dir is not None:
-                note_saved(work_dir, partial)
-            settle(partial, path)
+            with replacing(path) as partial:
+                save_file(arrays, partial, {"gguftool": json.dumps(header)})
+                partial.chmod(0o644)  # safetensors makes files that nobody else may read
+                if work_dir is not None:
+                    note_saved(work_dir, partial)
         except (SafetensorError, OSError) as error:
             raise GgufToolError(f"{path}: cannot be written ({error})") from error
 
@@ -226,29 +237,29 @@ class CalibrationStats:
             raise GgufToolError(f"{path}: no such stats file; `gguftool calibrate` makes one")
         try:
             with safe_open(path, "numpy") as file:
-                header = json.loads((file.metadata() or {}).get("gguftool", "{}"))
-                if header.get("format") != FORMAT:
+                header = parse((file.metadata() or {}).get("gguftool", "{}"))
+                if not isinstance(header, dict) or header.get("format") != FORMAT:
                     raise GgufToolError(f"{path}: not gguftool stats; `gguftool calibrate` makes them")
                 if header.get("version") != VERSION:
                     raise GgufToolError(
                         f"{path}: stats version {header.get('version')}, this gguftool reads {VERSION}; calibrate again"
                     )
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        except (SafetensorError, *GARBLED, OSError) as error:
             raise GgufToolError(f"{path}: damaged stats file ({error})") from error
         try:
             stats = cls(
                 model=_model_facts(header["model"]),
                 domains=tuple(_domain(domain) for domain in header["domains"]),
-                n_ctx=int(header["n_ctx"]),
+                n_ctx=whole(header["n_ctx"], "n_ctx"),
                 experts=_with_prefix(arrays, "expert."),
                 neurons=_with_prefix(arrays, "neuron."),
                 expert_inputs=arrays["expert_inputs"],
                 residual_inverse=arrays.get("residual_inverse"),
                 linears=_with_prefix(arrays, "linear."),
-                linear_tokens=int(header["linear_tokens"]),
+                linear_tokens=whole(header["linear_tokens"], "linear_tokens"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except GARBLED as error:
             raise GgufToolError(f"{path}: the stats header lacks or garbles {error}; calibrate again") from error
         stats.check()
         return stats
@@ -260,9 +271,31 @@ def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
 
 def _domain(raw: dict[str, Any]) -> Domain:
     drawn = raw.get("windows")
-    return Domain(**{**raw, "windows": None if drawn is None else tuple(map(int, drawn))})
+    for name in ("name", "sha256", "field", "template"):
+        if raw.get(name) is not None or name in ("name", "sha256"):
+            text(raw[name], f"a domain's {name}")
+    whole(raw["tokens"], "a domain's tokens")
+    if raw.get("limit") is not None:
+        whole(raw["limit"], "a domain's limit", 1)
+    if raw.get("weight") is not None and not 0 < float(raw["weight"]) < inf:
+        raise ValueError(f"a domain's weight is {raw['weight']}")
+    windows = None if drawn is None else tuple(whole(number, "a domain's windows") for number in drawn)
+    return Domain(**{**raw, "windows": windows})
+
+
+# Whole numbers of the model's facts, each with the least that it can be.
+_COUNTS = {"block_count": 1, "n_expert": 1, "n_expert_used": 1, "n_ff_exp": 1, "n_embd": 1, "n_vocab": 1}
+_MORE_COUNTS = {"n_group": 1, "n_group_used": 1, "n_predict": 0}
 
 
 def _model_facts(raw: dict[str, Any]) -> ModelFacts:
-    tensors = tuple(TensorSpec(t["name"], tuple(t["ne"]), t["type"]) for t in raw["tensors"])
-    return ModelFacts(**{**raw, "moe_layers": tuple(raw["moe_layers"]), "tensors": tensors})
+    for name in ("name", "fingerprint", "model_type", "gguf_arch"):
+        text(raw[name], name)
+    for name, least in (*_COUNTS.items(), *((name, least) for name, least in _MORE_COUNTS.items() if name in raw)):
+        whole(raw[name], name, least, 2**31 - 1)
+    layers = tuple(whole(index, "moe_layers", 0, 2**31 - 1) for index in raw["moe_layers"])
+    if not layers or sorted(set(layers)) != list(layers):
+        raise ValueError("moe_layers, which are no rising numbers of layers")
+    if not isinstance(raw.get("norm_topk"), bool | None):
+        raise ValueError(f"norm_topk: {raw['norm_topk']}")
+    return ModelFacts(**{**raw, "moe_layers": layers, "tensors": specs_from_json(raw["tensors"])})

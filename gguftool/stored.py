@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from .errors import GgufToolError
+from .strict_json import GARBLED, parse, text, whole
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 # The sixteen 4-bit floats of MXFP4, one sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+# Weights of older checkpoints. Reading a pickle may run what is in it.
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What the fingerprint reads of each tensor: so many pieces of so many bytes, first and last included.
 PIECES, PIECE_BYTES = 10, 4096
 
@@ -41,13 +44,20 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     indexed: dict[str, str] | None = None
     if index.is_file():
         try:
-            indexed = dict(json.loads(index.read_bytes())["weight_map"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            weight_map = parse(index.read_bytes())["weight_map"]
+            indexed = {name: _shard(index, shard) for name, shard in weight_map.items()}
+        except (*GARBLED, OSError) as error:
             raise GgufToolError(f"{index}: not a safetensors index ({first_line(error)})") from error
         files = [directory / file for file in sorted(set(indexed.values()))]
     else:
         files = sorted(directory.glob("model*.safetensors"))
     if not files:
+        pickled = [path.name for kind in PICKLED for path in sorted(directory.glob(kind))]
+        if pickled:
+            raise GgufToolError(
+                f"{directory}: {pickled[0]} is a pickle, which can run code when it is read; gguftool reads safetensors "
+                "only, into which the model's hub page can convert it"
+            )
         raise GgufToolError(f"{directory}: no model*.safetensors; other formats have to be converted to it first")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -71,22 +81,35 @@ def _read_header(file: Path) -> list[StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise GgufToolError(f"{file}: truncated: {size} bytes do not hold the header; download it again")
-            header = json.loads(stream.read(length))
+            header = parse(stream.read(length))
         header.pop("__metadata__", None)
-        return [_stored_tensor(file, size, 8 + length, name, header[name]) for name in sorted(header)]
+        found = [_stored_tensor(file, size, 8 + length, name, header[name]) for name in sorted(header)]
     except FileNotFoundError as error:
         raise GgufToolError(f"{file}: the shard is missing; download it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (*GARBLED, OSError) as error:
         raise GgufToolError(f"{file}: damaged safetensors header ({first_line(error)}); download it again") from error
+    for first, second in pairwise(
+        sorted((tensor for tensor in found if tensor.nbytes), key=lambda tensor: tensor.offset)
+    ):
+        if first.offset + first.nbytes > second.offset:
+            raise GgufToolError(f"{file}: {first.name} and {second.name} overlap; download it again")
+    return found
+
+
+def _shard(index: Path, name: Any) -> str:
+    """The file name of a shard, which lies beside the index. Raises ValueError for one that leads elsewhere."""
+    if text(name, "a shard") != Path(name).name or not name.endswith(".safetensors"):
+        raise ValueError(f"the shard {name[:80]!r} is no name of a .safetensors file")
+    return str(name)
 
 
 def _stored_tensor(file: Path, size: int, start: int, name: str, entry: Mapping[str, Any]) -> StoredTensor:
     """One entry of a safetensors header, checked."""
-    dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
+    dtype, shape = str(entry["dtype"]), tuple(whole(n, name) for n in entry["shape"])
+    begin, end = (whole(n, name) for n in entry["data_offsets"])
     if dtype not in DTYPES:
         raise GgufToolError(f"{file}: {name} is {dtype}; gguftool reads {', '.join(DTYPES)} checkpoints")
-    if end - begin != prod(shape) * DTYPES[dtype].itemsize or begin < 0:
+    if end - begin != prod(shape) * DTYPES[dtype].itemsize:
         raise GgufToolError(f"{file}: {name} has {end - begin} bytes, which is not {list(shape)} in {dtype}")
     if start + end > size:
         raise GgufToolError(
@@ -97,6 +120,8 @@ def _stored_tensor(file: Path, size: int, start: int, name: str, entry: Mapping[
 
 def map_tensor(stored: StoredTensor) -> Tensor:
     """The tensor's bytes mapped copy-on-write, so that nothing is read before it is needed."""
+    if not stored.nbytes:
+        return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
     try:
         data = np.memmap(stored.file, dtype=np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ from .chat import template_of_gguf
 from .checkpoint import open_checkpoint
 from .corpus import load_domains, read_scored
 from .coverage import coverage
+from .durable import settle
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .gguf_file import GgufFile
@@ -271,7 +272,7 @@ class _Bench:
                 (candidate, self._make(candidate, work)) for candidate in cell if not paths[candidate.digest].exists()
             ]
             for candidate, path in made:
-                path.replace(paths[candidate.digest])
+                settle(path, paths[candidate.digest])
             shutil.rmtree(work.folder)
         return [(candidate, paths[candidate.digest]) for candidate in cell]
 
@@ -306,7 +307,7 @@ class _Bench:
             kept = self._kept(candidate)
             if self.grid.keep_files and path != kept:
                 kept.parent.mkdir(exist_ok=True)
-                path.replace(kept)
+                settle(path, kept)
             elif path != kept:
                 path.unlink()
 

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .durable import write_text
 from .report import megabytes, with_error
 from .tradeoff import Point, Verdict, at_each_size, curve, front, judge, winning_sizes
 
@@ -201,9 +202,7 @@ class SweepReport:
             ("sweep.json", json.dumps(self.as_dict(), indent=1) + "\n"),
             ("sweep.md", self.markdown()),
         ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+            write_text(folder / name, text)
 
     def conclusion(self, group: str) -> str:
         """From which size on prune + quantize beats quantize alone, or that it does not."""

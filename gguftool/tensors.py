@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from .errors import GgufToolError
+from .strict_json import text, whole
 
 # ggml types: (weights in a block, bytes of a block). llama.cpp, ggml.c `type_traits`; a test holds it against gguf-py.
 BLOCKS: dict[str, tuple[int, int]] = {
@@ -37,6 +39,20 @@ class TensorSpec:
     def padded_bytes(self) -> int:
         """Bytes that the tensor takes in a file: data and padding to the GGUF alignment."""
         return -(-self.nbytes // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+
+
+def specs_from_json(raw: Any) -> tuple[TensorSpec, ...]:
+    """The tensors that a JSON file lists as {name, ne, type}. Raises ValueError (or what garbled JSON leads to)."""
+    specs = []
+    for entry in raw:
+        name, kind = text(entry["name"], "the name of a tensor"), text(entry["type"], "the type of a tensor")
+        ne = tuple(whole(n, f"{name}: ne", 1) for n in entry["ne"])
+        if not 1 <= len(ne) <= 4 or kind not in BLOCKS or ne[0] % BLOCKS[kind][0]:
+            raise ValueError(f"{name}: there is no tensor {list(ne)[:5]} of type {kind}")
+        specs.append(TensorSpec(name, ne, kind))
+    if len({spec.name for spec in specs}) < len(specs):
+        raise ValueError("the same tensor twice")
+    return tuple(specs)
 
 
 def row_bytes(type_name: str, length: int, name: str = "a tensor") -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from .live import View, shown
+
+Update = Callable[[int, int, str], None]
+Watch = Callable[[str, Mapping[str, Any]], None]
 
 
 class _Memory(ProgressColumn):
@@ -22,6 +27,11 @@ class _Memory(ProgressColumn):
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return Text(f"{peak / 1e9:.1f} GB")
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    memory = () if sys.platform == "win32" else (_Memory(),)
+    return (TextColumn("{task.description:<40.40}", markup=False), BarColumn(), TimeRemainingColumn(), *memory)
 
 
 class Terminal:
@@ -46,14 +56,12 @@ class Terminal:
             self.out.print(table, highlight=False, markup=False) if isinstance(table, str) else self.out.print(table)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[int, int, str], None]]:
+    def progress(self) -> Iterator[Update]:
         """A bar with time left and memory on stderr, fed by (done, total, text); a line a phase where there is no terminal."""
         if not self.err.is_terminal:
             yield self._lines()
             return
-        memory = () if sys.platform == "win32" else (_Memory(),)
-        columns = (TextColumn("{task.description:<40.40}", markup=False), BarColumn(), TimeRemainingColumn(), *memory)
-        with Progress(*columns, console=self.err, transient=True, disable=self.quiet) as bar:
+        with Progress(*_columns(), console=self.err, transient=True, disable=self.quiet) as bar:
             task = bar.add_task("", total=None)
             seen = [-1]
 
@@ -65,7 +73,21 @@ class Terminal:
 
             yield update
 
-    def _lines(self) -> Callable[[int, int, str], None]:
+    @contextmanager
+    def live(self, title: str, quant: str | None) -> Iterator[tuple[Update, Watch]]:
+        """The live view of a run on stderr: gives what takes (done, total, text) and what is told of steps and measurements.
+
+        Where stderr is no terminal, or --quiet, it is `progress`: plain lines, or none.
+        """
+        if not self.err.is_terminal or self.err.is_dumb_terminal or self.quiet:
+            with self.progress() as progress:
+                yield progress, lambda _what, _facts: None
+            return
+        view = View(title, quant, _columns())
+        with shown(view, self.err):
+            yield view.progress, view.watch
+
+    def _lines(self) -> Update:
         seen = [-1, -1]
 
         def update(done: int, total: int, text: str) -> None:

@@ -80,15 +80,15 @@ def check_toolchain(backend: str, cmake: Sequence[str] = ()) -> Toolchain:
     given = _check_options(backend, cmake)
     paths, missing = {}, []
     for tool in ("cmake", "ninja"):
-        beside = Path(sys.executable).parent / (tool + (".exe" if sys.platform == "win32" else ""))
-        if path := str(beside) if beside.exists() else shutil.which(tool):
+        if path := find_tool(tool):
             paths[tool] = path
         else:
             missing.append(f"{tool} (pip install {tool})")
-    missing += _missing_compiler()
+    missing += missing_compiler()
     if not shutil.which("git") and not shutil.which("patch"):
         missing.append("git or patch")
-    if importlib.util.find_spec("pip") is None and not (cache_dir() / "sdist" / f"{read_base().stem}.tar.gz").is_file():
+    fetched = os.environ.get("GGUFTOOL_SDIST") or (cache_dir() / "sdist" / f"{read_base().stem}.tar.gz").is_file()
+    if importlib.util.find_spec("pip") is None and not fetched:
         missing.append("pip, to fetch llama.cpp with (python -m ensurepip)")
     nvcc = find_nvcc()
     if backend == "cuda" and nvcc is None:
@@ -114,7 +114,14 @@ def _check_options(backend: str, cmake: Sequence[str]) -> set[str]:
     return names
 
 
-def _missing_compiler() -> list[str]:
+def find_tool(name: str) -> str | None:
+    """Path of a program that pip installs beside Python, or of the system's."""
+    beside = Path(sys.executable).parent / (name + (".exe" if sys.platform == "win32" else ""))
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def missing_compiler() -> list[str]:
+    """What to install for a C++ compiler; nothing where there is one."""
     if sys.platform == "darwin":
         # c++ is there even without the tools: a stub that offers to install them.
         tool = shutil.which("xcode-select")

@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from .durable import SAVED, is_saved, settle
+from .durable import SAVED, held, is_saved, replacing, write_text
 from .errors import GgufToolError
 
 # Rises where what a layer leaves behind changes.
 VERSION = 2
-PATTERNS = ("state.json", "hidden-*.bin", "layer-*.safetensors", "*.partial")
+PATTERNS = ("state.json", "hidden-*.bin", "layer-*.safetensors", "*.partial", ".*.lock")
 KINDS = {"<f8": "F64", "<f4": "F32"}
 # Work directories that may lie inside of one: the two streams of a sequential refit, and those of ranks.
 INSIDE = ("original", "pruned", "rank-*-of-*")
@@ -84,13 +84,12 @@ class WorkDir:
         """Gives a function that appends windows [B, n_ctx, d] to the next layer's input; complete when the block ends."""
         position = 0 if self.position is None else self.position + 1
         target = self._hidden(position)
-        partial = target.with_name(target.name + ".partial")
         # Until all of it is there, what is in memory is neither the input nor the output.
         held, self._held = self._held, None
         if self.resident and held is None:
             held = torch.empty(self.shape, dtype=self.dtype)
         done = 0
-        with _stated(self.path), partial.open("wb") as stream:
+        with _stated(self.path), replacing(target) as partial, partial.open("wb") as stream:
 
             def append(windows: Tensor) -> None:
                 nonlocal done
@@ -102,8 +101,6 @@ class WorkDir:
             yield append
             if stream.tell() != self._bytes():
                 raise GgufToolError(f"{partial}: {stream.tell()} bytes were written, not {self._bytes()}")
-        with _stated(self.path):
-            settle(partial, target)
         self._held = held
 
     def advance(self, sums: Mapping[str, NDArray[Any]] | None = None) -> None:
@@ -111,14 +108,10 @@ class WorkDir:
         finished = self.position
         with _stated(self.path):
             if finished is not None:
-                target = self.sums_path(finished)
-                partial = target.with_name(target.name + ".partial")
-                _write(partial, sums or {})
-                settle(partial, target)
+                with replacing(self.sums_path(finished)) as partial:
+                    _write(partial, sums or {})
             self.position = 0 if finished is None else finished + 1
-            partial = self.path / "state.json.partial"
-            partial.write_text(json.dumps({"identity": self.identity, "position": self.position}))
-            settle(partial, self.path / "state.json")
+            write_text(self.path / "state.json", json.dumps({"identity": self.identity, "position": self.position}))
 
     def free(self) -> None:
         """Removes the input of the layer that was finished last."""
@@ -189,7 +182,7 @@ class WorkDir:
     def _sweep(self, position: int) -> None:
         """Removes what a killed run left behind and nobody reads any more."""
         kept = {self._hidden(position), self._hidden(position - 1)}
-        for file in (*self.path.glob("hidden-*.bin"), *self.path.glob("*.partial")):
+        for file in (file for kind in ("hidden-*.bin", "*.partial", ".*.lock") for file in self.path.glob(kind)):
             if file not in kept:
                 file.unlink()
 
@@ -202,6 +195,8 @@ class WorkDir:
 
 def clear_leftovers(work_dir: Path, out: Path) -> None:
     """Removes the work directory of a run that was killed behind the saving of its result `out`."""
+    with held(out):
+        pass  # removes the lock file that a killed run may have left beside its result
     with suppress(OSError):
         # Killed between the last file and the folder: an empty one holds nothing to go on from.
         work_dir.rmdir()

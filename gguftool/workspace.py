@@ -8,29 +8,49 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import __version__
-from .durable import flush, settle
+from .durable import flush, hold, release, stated, write_text
 from .errors import GgufToolError
 
 Say = Callable[[str], None]
+# What happens, with facts: "step" (name, path, state: making, made or there), "stage" (name: measure or
+# check), "measured" (text, models: pairs of a label and `Comparison.as_dict()`).
+Watch = Callable[[str, Mapping[str, Any]], None]
 BEING_MADE = "being made"
+T = TypeVar("T")
 
 
 @dataclass
 class Workspace:
-    """An output folder that remembers what each of its files was made from (`state.json`)."""
+    """An output folder that remembers what each of its files was made from (`state.json`).
+
+    `used` are the names of the steps so far, `watch` is told of each. While it lives no other process can open it: a second
+    run says that this one is there. A `dry` one writes nothing: its steps only tell what is there already (`missing` is what
+    is not), and give paths at which there may be nothing.
+    """
 
     folder: Path
     say: Say
     state: dict[str, str] = field(default_factory=dict)
+    watch: Watch = lambda _what, _facts: None
+    used: list[str] = field(default_factory=list)
+    dry: bool = False
+    missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.dry:
+            lock = self.folder / ".lock"
+            with stated(lock):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                hold(lock, self.folder)
+            # Steps follow each other, and what they make is read between them: the folder is this run's until the run ends.
+            weakref.finalize(self, release, lock)
         try:
             found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -43,24 +63,35 @@ class Workspace:
         Raises GgufToolError for a file of that name which this folder's runs did not make.
         """
         path = self.folder / name
+        self.used.append(name)
         key = hashlib.sha256(json.dumps({"gguftool": __version__, **inputs}, sort_keys=True).encode()).hexdigest()
         if path.exists() and self.state.get(name) == key:
             self.say(f"{name}: already there")
+            self.watch("step", {"name": name, "state": "there", "path": path})
             return path
         if path.exists() and name not in self.state:
             raise GgufToolError(f"{path} exists and was not made by this command; choose another folder or move it")
+        if self.dry:
+            self.missing.append(name)
+            return path
         if path.exists() and self.state[name] != BEING_MADE:
             self.say(f"{name}: was made from other inputs or by another recipe; replacing it")
         # A run that is killed in between must leave no file under another run's key.
         self._remember(name, BEING_MADE)
         path.unlink(missing_ok=True)
+        self.watch("step", {"name": name, "state": "making", "path": path})
         make(path)
         flush(path)
         self._remember(name, key)
+        self.watch("step", {"name": name, "state": "made", "path": path})
         return path
+
+    def read(self, path: Path, load: Callable[[Path], T]) -> T | None:
+        """What a step made; None where a dry one did not make it."""
+        if self.dry and path.name in self.missing:
+            return None
+        return load(path)
 
     def _remember(self, name: str, key: str) -> None:
         self.state[name] = key
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
-        settle(partial, self.folder / "state.json")
+        write_text(self.folder / "state.json", json.dumps(self.state, indent=1) + "\n")

@@ -15,6 +15,8 @@ from gguf import GGUFValueType as V
 from . import cut, encoding, layout
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, copied_entries, header_bytes, write_gguf
+from .gguf_model import OWN, fingerprint
+from .hf_to_gguf import FINGERPRINT_KEY
 from .layout import STOCK, ExpertName, Piece, parse
 from .overrides import Overrides
 from .plan import Neurons, PrunePlan
@@ -83,7 +85,7 @@ def prune(
     report = PruneReport(kind, specs, size, requantized, notes)
     if not dry_run:
         produce = _producer(file, {piece.spec.name: piece for piece in pieces}, source)
-        write_gguf(out, file.arch, entries, specs, produce, progress)
+        write_gguf(out, file.arch, entries, specs, produce, progress, file)
     return report
 
 
@@ -134,6 +136,7 @@ def _layout_in(file: GgufFile, plan: PrunePlan) -> str:
 def _check_model(file: GgufFile, plan: PrunePlan) -> None:
     if file.arch != plan.gguf_arch:
         raise GgufToolError(f"{file.path} is a {file.arch} model, the plan was made for {plan.gguf_arch}")
+    _check_fingerprint(file, plan)
     facts = {"expert_count": plan.n_expert, "expert_used_count": plan.n_expert_used}
     for key, want in facts.items():
         if (have := file.arch_integer(key)) != want:
@@ -149,6 +152,21 @@ def _check_model(file: GgufFile, plan: PrunePlan) -> None:
     table = next((spec.name for spec in file.tensors if "ffn_gate_tid2eid" in spec.name), None)
     if table and any(len(layer.router) != plan.n_expert for layer in plan.layers):
         raise GgufToolError(f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed")
+
+
+def _check_fingerprint(file: GgufFile, plan: PrunePlan) -> None:
+    """Raises GgufToolError where the base is known to be another model, or another version, than the plan was made for.
+
+    Files of other converters do not say what they were made from; theirs is compared where the plan was made from a GGUF.
+    """
+    have = file.value(FINGERPRINT_KEY, "")
+    if plan.model_fingerprint.startswith(OWN):
+        have = fingerprint(file)
+    if have and have != plan.model_fingerprint:
+        raise GgufToolError(
+            f"{file.path} is another model, or another version of it ({have[:12]}), than the plan was made for "
+            f"({plan.model_name}, {plan.model_fingerprint[:12]}): convert, calibrate and plan it anew"
+        )
 
 
 def _check_overrides(overrides: Overrides, file: GgufFile, plan: PrunePlan) -> None:

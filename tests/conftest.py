@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,27 @@ from gguftool.stats import CalibrationStats
 WINDOWS = 8
 # Threads that wait by spinning cost minutes where tests share few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Faults that tests have injected, and those after which inputs, outputs and the next run were as they must be.
+FAULTS = {"injected": 0, "survived": 0}
+
+
+@pytest.fixture
+def fault() -> Callable[..., AbstractContextManager[None]]:
+    """A block that counts so many injected faults; what has to hold afterwards is checked inside of it."""
+
+    @contextmanager
+    def block(count: int = 1) -> Iterator[None]:
+        FAULTS["injected"] += count
+        yield
+        FAULTS["survived"] += count
+
+    return block
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if count := FAULTS["injected"]:
+        terminalreporter.write_line(f"{count} faults injected, {count - FAULTS['survived']} lost")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,9 @@ def plan_for(checkpoint: object) -> PrunePlan:
     return make_plan(replace(stats, neurons={**stats.neurons, "gate_sq_h_sq": values}), Recipe("global", 0.5, align=8))
 
 
+Work = Callable[[object, str, Path], None]
+
+
 def work(checkpoint: object, what: str, folder: Path) -> None:
     """What the command does: an output that is there is the end of it."""
     out, scratch = folder / "out.safetensors", folder / "out.work"
@@ -79,7 +83,7 @@ def work(checkpoint: object, what: str, folder: Path) -> None:
     made.save(out)
 
 
-def run(checkpoint: object, what: str, folder: Path, at: int) -> int:
+def run(checkpoint: object, what: str, folder: Path, at: int, work: Work = work) -> int:
     """One run in a forked child: how many calls it made, or 0 where it was killed at call `at` (none for 0)."""
     folder.mkdir(parents=True, exist_ok=True)
     told, tell = os.pipe()

@@ -149,7 +149,7 @@ def test_a_stopped_measurement_goes_on_and_leaves_nothing_behind(
     def counted(base, paths, *args, **options):
         groups.append([path.name for path in paths])
         # The files of the groups before are gone, and there are no more than these.
-        (scratch,) = tmp_path.glob("sensitivity-*")
+        (scratch,) = tmp_path.glob(".*.files")
         assert sorted(scratch.iterdir()) == paths
         if stop and len(groups) == 2:
             raise KeyboardInterrupt

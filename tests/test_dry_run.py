@@ -1,0 +1,116 @@
+"""--dry-run: nothing is written, and what is said is what then comes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gguftool import builtin
+from gguftool.cli import cli
+from gguftool.errors import GgufToolError
+from gguftool.expand import expand
+from gguftool.gguf_file import GgufFile
+from gguftool.overrides import Overrides
+from gguftool.planner import make_plan
+from gguftool.quantize import QuantizeTool, quantize
+from gguftool.recipe import Recipe
+from gguftool.writer import prune
+
+
+@pytest.fixture
+def ask(capsys):
+    def run(*arguments):
+        cli.main([*map(str, arguments), "--dry-run", "--json"], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, stats, base_gguf, runtime):
+    """A plan, its stats and its tiered file."""
+    folder = tmp_path_factory.mktemp("dry")
+    stats.save(folder / "stats.safetensors")
+    plan = make_plan(stats, Recipe("global", 0.4))
+    plan.save(folder / "plan.json")
+    prune(base_gguf, plan, folder / "pruned.gguf", ggml=runtime.ggml)
+    return folder
+
+
+def tensors(path):
+    return [(spec.name, spec.type) for spec in GgufFile(path).tensors]
+
+
+def test_quantize(ask, files, tmp_path, runtime):
+    arguments = ("quantize", files / "pruned.gguf", "Q4_K_M", "--imatrix", files / "stats.safetensors", "-o")
+    said = ask(*arguments, tmp_path / "q.gguf")
+    assert not list(tmp_path.iterdir()) and said["written"] is False
+    quantize(files / "pruned.gguf", "Q4_K_M", tmp_path / "q.gguf", tools=QuantizeTool(runtime.tool("llama-quantize")))
+    # llama-quantize writes the tensors in an order of its own.
+    assert sorted((one["name"], one["type"]) for one in said["tensors"]) == sorted(tensors(tmp_path / "q.gguf"))
+    assert said["tensor_bytes"] == sum(spec.padded_bytes for spec in GgufFile(tmp_path / "q.gguf").tensors)
+    with pytest.raises(GgufToolError, match="known are"):
+        ask("quantize", files / "pruned.gguf", "Q9_X", "-o", tmp_path / "x.gguf")
+    with pytest.raises(GgufToolError, match="importance matrix"):
+        ask("quantize", files / "pruned.gguf", "IQ2_XS", "-o", tmp_path / "x.gguf")
+
+
+def test_expand(ask, files, tmp_path):
+    said = ask("expand", files / "pruned.gguf", "-o", tmp_path / "stock.gguf")
+    assert not list(tmp_path.iterdir())
+    expand(files / "pruned.gguf", tmp_path / "stock.gguf")
+    assert [(one["name"], one["type"]) for one in said["tensors"]] == tensors(tmp_path / "stock.gguf")
+
+
+def test_convert(ask, checkpoint_dir, base_gguf, tmp_path):
+    said = ask("convert", checkpoint_dir, "-o", tmp_path / "base.gguf")
+    assert not list(tmp_path.iterdir())
+    assert sorted((one["name"], one["type"]) for one in said["tensors"]) == sorted(tensors(base_gguf))
+    with pytest.raises(GgufToolError, match="--outtype f16"):
+        ask("convert", checkpoint_dir, "--outtype", "f16", "-o", tmp_path / "base.gguf")
+
+
+def test_calibrate(ask, checkpoint_dir, base_gguf, files, tmp_path, llama):
+    text = builtin.texts()["calib_code"]
+    for model in (checkpoint_dir, base_gguf):
+        said = ask("calibrate", model, "--data", text, "--windows", 8, "-o", tmp_path / "s.safetensors")
+        assert said["texts"] == [{"name": "calib_code.txt", "tokens": 4096, "windows": 8}] and said["layers"] == 4
+        # The sums over other matrices, 10 % of this small model's file, are not counted.
+        size = (files / "stats.safetensors").stat().st_size
+        assert 0.85 * size < said["bytes"] < size
+    assert "by estimate" in ask("calibrate", checkpoint_dir, "--data", text, "-o", tmp_path / "s")["how"]
+    with pytest.raises(GgufToolError, match="at least"):
+        ask("calibrate", checkpoint_dir, "--data", text, "--memory", "1MiB", "-o", tmp_path / "s.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refit(ask, checkpoint_dir, base_gguf, files, tmp_path):
+    text = builtin.texts()["calib_code"]
+    arguments = ("refit", checkpoint_dir, "--plan", files / "plan.json", "--data", text, "--windows", 1, "-o")
+    said = ask(*arguments, tmp_path / "w.safetensors")
+    assert said["how"].startswith("plain: float32") and not list(tmp_path.iterdir())
+    assert ask("refit", base_gguf, *arguments[2:], tmp_path / "w.safetensors")["experts"] == said["experts"]
+    cli.main([*map(str, arguments), str(tmp_path / "w.safetensors"), "--quiet"], standalone_mode=False)
+    assert len(Overrides.load(tmp_path / "w.safetensors")) == said["experts"]
+    assert said["bytes"] < (tmp_path / "w.safetensors").stat().st_size < said["bytes"] + 100_000
+
+
+def test_compress(ask, checkpoint_dir, tmp_path, llama):
+    texts = builtin.texts()
+    arguments = (
+        "compress", checkpoint_dir, "--ratio", "0.4", "--quant", "Q4_K_M", "--data", texts["calib_code"], "--windows", 1,
+        "--eval", texts["eval_code"], "--backend", "cpu", "-o", tmp_path / "out",
+    )  # fmt: skip
+    said = ask(*arguments)
+    assert not list(tmp_path.iterdir())
+    assert [step["name"].removeprefix("model-") for step in said["steps"]] == [
+        "base.gguf", "stats.safetensors", "AUTO40-Q4_K_M.plan.json", "AUTO40.refit-sequential.safetensors",
+        "AUTO40RS-BF16.gguf", "AUTO40RS-Q4_K_M.gguf", "Q4_K_M.gguf",
+    ]  # fmt: skip
+    assert not any(step["there"] for step in said["steps"])
+    sizes = [step["bytes"] for step in said["steps"] if step["name"].endswith(".gguf")]
+    # base, pruned by 40 % of its experts, that and the base quantized: what the README's table has, headers apart.
+    assert all(abs(size - 1e6 * known) < 0.5e6 for size, known in zip(sizes, (14.80, 9.75, 3.33, 5.02), strict=True))
+    with pytest.raises(GgufToolError, match="routed per token"):
+        ask(*arguments, "--method", "reap", "--ratio", "0.9")

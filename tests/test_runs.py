@@ -1,0 +1,218 @@
+"""A run by a recipe file: what it leaves behind, that the same comes of it again, and that damage is found."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gguf_models import write_random
+from gguftool import builtin, pipeline
+from gguftool.crosscheck import CrossCheck
+from gguftool.errors import GgufToolError
+from gguftool.recipe_file import load
+from gguftool.runs import Ears, job_of
+from gguftool.tensors import TensorSpec
+from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
+from typed import typed
+
+RECIPE = """
+model = "model"
+data = ["calib.txt"]
+eval = ["eval.txt"]
+method = "global"
+ratio = 0.25
+quant = "Q8_0"
+windows = 2
+eval_windows = 1
+pre_tokenizer = "qwen2"
+backend = "cpu"
+"""
+PRUNED = "model-GLOBAL40-Q8_0.gguf"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, checkpoint_dir, llama):
+    """A folder with a recipe, its texts, and the output `out`, for which 0.4 on the command line went before 0.25."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copyfile(builtin.texts()["calib_code"], folder / "calib.txt")
+    shutil.copyfile(builtin.texts()["eval_code"], folder / "eval.txt")
+    (folder / "model").symlink_to(checkpoint_dir)
+    (folder / "r.toml").write_text(RECIPE)
+    said = typed("compress", "--recipe", folder / "r.toml", "--ratio", 0.4, "-o", folder / "out", "--json")
+    assert json.loads(said)["failures"] == []
+    return folder
+
+
+def test_the_used_recipe_lies_beside_the_output(place, checkpoint_dir):
+    found = load(place / "out" / "recipe.toml")
+    assert (found.ratio, found.quant, found.method, found.windows) == (0.4, "Q8_0", "global", 2)
+    assert found.model == place / "model" and found.eval == (place / "eval.txt",)
+    assert found.made.inputs == {str(place / name): sha256(place / name) for name in ("calib.txt", "eval.txt")}
+    record = Verified.load(place / "out")
+    assert set(record.files) == {path.name for path in (place / "out").glob("*.*") if path.suffix in (
+        ".gguf", ".safetensors")} | {path.name for path in (place / "out").glob("*.plan.json")}  # fmt: skip
+    assert record.files[PRUNED] == sha256(place / "out" / PRUNED) and not record.failures
+
+
+def test_the_recipe_makes_the_same_bytes_again(place):
+    assert "byte for byte the same" in typed("verify", place / "out")
+    assert not (place / "out.verify").exists()
+    before = (place / "eval.txt").read_bytes()
+    (place / "eval.txt").write_bytes(before + b"!")
+    try:
+        said = typed("verify", place / "out", code=1)
+        assert "cannot be made again" in said and "eval.txt is not what it was: another sha256" in said
+        assert not (place / "out.verify").exists()
+    finally:
+        (place / "eval.txt").write_bytes(before)
+
+
+def test_damage_is_found_with_its_name_and_both_hashes(place, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    assert "as they were made" in typed("verify", copy, "--fast")
+    was = sha256(copy / PRUNED)
+    with open(copy / PRUNED, "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    for way in (["--fast"], ["--scratch", tmp_path / "again"]):
+        said = typed("verify", copy, *way, code=1)
+        assert f"{PRUNED}: sha256 was {was}, and is {sha256(copy / PRUNED)}" in said and "differences: 1\n" in said
+    (copy / PRUNED).unlink()
+    said = typed("verify", copy, "--fast", "--json", code=1)
+    assert f"{PRUNED}: sha256 was {was}, and it is missing" in said
+    shutil.copyfile(place / "out" / PRUNED, copy / PRUNED)
+    record = Verified.load(copy)
+    # As if it had been made otherwise: what is made again differs from the record.
+    Verified({**record.files, PRUNED: "0" * 64}).save(copy)
+    said = typed("verify", copy, "--scratch", tmp_path / "again", code=1)
+    assert said.count(f"sha256 was {'0' * 64}, and is {was}") == 2
+    Verified(record.files, ["KL divergence of 9"]).save(copy)
+    assert "that run was not done: KL divergence of 9" in typed("verify", copy, "--fast", code=1)
+
+
+def test_a_folder_without_a_run_is_none(tmp_path, place):
+    assert "gguftool compress" in typed("verify", tmp_path, code=1)
+    (tmp_path / "verified.json").write_text("{}")
+    assert "not a record" in typed("verify", tmp_path, code=1)
+    (place / "out.verify").mkdir()
+    (place / "out.verify" / "mine.txt").write_text("dear")
+    assert "--scratch" in typed("verify", place / "out", code=1)
+    assert (place / "out.verify" / "mine.txt").read_text() == "dear"
+    shutil.rmtree(place / "out.verify")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--recipe", "coed"], 1, "did you mean code"),
+        (["--recipe", "code"], 2, "give MODEL"),
+        (["model", "--recipe", "code", "--ratio", "0.4", "--keep", "0.6"], 2, "either --ratio or --keep"),
+        (["model", "--ratio", "0.4", "--eval", "x"], 2, "give --data"),
+        (["model", "--ratio", "0.4", "--data", "x"], 2, "give --eval"),
+        (["model", "--data", "x", "--eval", "x"], 2, "give --ratio or --keep"),
+        (["model", "--recipe", "code", "--depth", "1"], 2, "FIRST:LAST"),
+        (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
+    ],
+)
+def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama):
+    assert said in typed("compress", *arguments, "-o", tmp_path / "out", code=code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_listed_and_printed():
+    assert {row["name"] for row in json.loads(typed("recipes", "--json"))["recipes"]} == {
+        "code",
+        "general",
+        "smallest",
+    }
+    assert 'quant = "Q4_K_M"' in typed("recipes", "code")
+
+
+@pytest.fixture(scope="module")
+def made(place, llama):
+    job = job_of(load(place / "out" / "recipe.toml"), Ears())
+    return job, pipeline.produce(job, place / "out", load(place / "out" / "recipe.toml").pruning, lambda _: None)
+
+
+def test_a_model_farther_off_than_its_plan_explains_is_a_failure(made, place, monkeypatch):
+    assert pipeline.far_from_plan(*made) == []
+    monkeypatch.setattr(pipeline, "noise", lambda *_: 0.0)
+    report = pipeline.assess(*made)
+    # Q8_0 of the unpruned model costs next to nothing, so what was pruned stands alone.
+    (said,) = report.failures
+    assert "calib.txt (calibration): KL divergence 0.0" in said and "noise 0" in said
+    assert json.loads((place / "out" / "report.json").read_text())["failures"] == [said]
+    assert "Not done" in (place / "out" / "report.md").read_text()
+    assert Verified.load(place / "out").failures == (said,)
+    assert (place / "out" / PRUNED).is_file()
+    monkeypatch.undo()
+    assert pipeline.assess(*made).failures == () and Verified.load(place / "out").failures == ()
+
+
+def test_backends_that_disagree_are_a_failure(made, monkeypatch):
+    asked = []
+
+    def crosscheck(backends, base, pruned, data, **options):
+        asked.append((backends, options["max_windows"]))
+        return CrossCheck({}, 0.5, 0.1)
+
+    monkeypatch.setattr(pipeline, "crosscheck", crosscheck)
+    assert pipeline.backends_apart(*made) == [] and not asked
+    monkeypatch.setattr(pipeline, "built_runtime", lambda name: name in ("cpu", "vulkan"))
+    (said,) = pipeline.backends_apart(*made)
+    assert "vulkan and cpu differ by 0.50000 in ln(perplexity), more than 0.10000" in said
+    assert asked == [(["vulkan", "cpu"], 4)]
+    monkeypatch.setattr(pipeline, "crosscheck", lambda *_, **__: CrossCheck({}, 0.05, 0.1))
+    assert pipeline.backends_apart(*made) == []
+
+
+def row(kld, err=0.0, ppl=12.0, base=10.0, largest=1.0):
+    return {"base": {"ppl": base}, "pruned": {"ppl": ppl}, "kld": {"mean": kld, "err": err, "max": largest}}
+
+
+def test_what_cannot_be_right_by_hand():
+    def said(one, want=Expected("a", 0.01, {"t": 0.1})):  # noqa: B008
+        return list(failures({"t": [one]}, [want], 1000))
+
+    # 50 x 0.01 + 3 x 0.1 + 0.005 = 0.805 nats; ln(1000 / 10) = 4.6 where nothing is known of a plan.
+    assert said(row(0.8)) == [] and said(row(0.83, err=0.01)) == []
+    assert "at most 0.80500" in said(row(0.84, err=0.01))[0]
+    assert said(row(4.5), Expected("a", None)) == []
+    assert "at most 4.60517" in said(row(4.7), Expected("a", None))[0]
+    for broken in (row(math.nan), row(0.1, ppl=math.inf), row(0.1, base=math.nan), row(0.1, largest=math.inf)):
+        assert "not finite" in said(broken)[0]
+
+
+def test_differences_name_what_is_missing_changed_and_new():
+    lines = differences({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"})
+    assert lines == [
+        "b: sha256 was 2, and is 9", "c: sha256 was 3, and it is missing", "d: was not there, and has sha256 4",
+    ]  # fmt: skip
+
+
+def test_a_file_is_read_after_it_was_written(tmp_path, made, monkeypatch):
+    specs = [
+        TensorSpec("blk.0.ffn_gate_inp.weight", (32, 4), "F32"),
+        *(TensorSpec(f"blk.0.ffn_{role}_exps.weight", (32, 32, 4), "F32") for role in ("gate", "up", "down")),
+    ]
+    path = write_random(tmp_path / "x.gguf", specs, n_expert=4, top_k=2, n_ff=32)
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(GgufToolError, match="not finite"):
+        check_sound(path)
+    # What finds it in a run: every GGUF goes through, right behind its writing.
+    seen = []
+    for module in (pipeline, __import__("gguftool.prepare", fromlist=["prepare"])):
+        monkeypatch.setattr(module, "check_sound", lambda path: seen.append(path.name))
+    job, produced = made
+    pipeline.produce(replace(job), tmp_path / "new", produced.built.plan.recipe, lambda _: None)
+    assert seen == ["base.gguf", "model-GLOBAL40-BF16.gguf", PRUNED, "model-Q8_0.gguf"]
