@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from .cli_fit import make_ask, show_fit
+from .cli_fit import FIT_CTX, make_ask, show_fit
 from .cli_options import (
     FILE,
     backend_option,
@@ -62,7 +62,7 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
 @click.option(
     "--fit", "budget", metavar="SIZE", help="Instead of --ratio: the best file whose run stays below this, see `fit`."
 )
-@click.option("--fit-ctx", default=8192, show_default=True, help="Tokens of the context that --fit counts.")
+@click.option("--fit-ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that --fit counts.")
 @recipe_options("auto")
 @n_ctx_option
 @windows_option
@@ -103,7 +103,7 @@ def compress(
         targets = [recipe.quant] if recipe.quant else []
         with terminal.progress() as progress:
             job = job_of(recipe, Ears(progress, terminal.say))
-            ask = make_ask(recipe.fit, recipe.fit_ctx or 8192, recipe.pruning, targets, recipe.refit)
+            ask = make_ask(recipe.fit, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit)
             show_fit(terminal, job, out, ask, dry_run)
         return
     if dry_run:
@@ -135,14 +135,14 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
     ratio, keep = given.pop("ratio", None), given.pop("keep", None)
     if ratio is not None and keep is not None:
         raise click.UsageError("give either --ratio or --keep")
+    if "budget" in given and (ratio is not None or keep is not None):
+        raise click.UsageError("--fit finds the ratio; leave --ratio and --keep out")
     if ratio is not None or keep is not None:
         given["ratio"] = 1 - keep if ratio is None else ratio
     for key, parse in (("depth", parse_depth), ("mix", parse_mix)):
         if key in given:
             given[key] = parse(given[key])
     given = {_KEYS.get(key, key): value for key, value in given.items()}
-    if given.get("fit") and given.get("ratio") is not None:
-        raise click.UsageError("--fit finds the ratio; leave --ratio and --keep out")
     if "fit" in given:
         given.setdefault("ratio", None)  # the recipe's own goes
     recipe = replace(recipe or RunRecipe(), **given)

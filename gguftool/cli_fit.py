@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from .terminal import Terminal
 
 
+FIT_CTX = 8192
+
+
 @click.command()
 @click.argument("model", type=FILE)
 @click.option(
     "--memory", "budget", metavar="SIZE", required=True,
     help="Weights, KV cache, compute buffers and the process stay below this, as 12GiB or 800MiB.",
 )  # fmt: skip
-@click.option("--ctx", default=8192, show_default=True, help="Tokens of the context that has to fit too.")
+@click.option("--ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that has to fit too.")
 @data_option
 @click.option(
     "--eval", "evaluation", type=FILE, multiple=True, required=True,
