@@ -18,9 +18,10 @@ def write_random(
 ) -> Path:
     """A qwen3moe-like file with random weights; quantized types through gguf-py's own quantizers."""
     rng = np.random.default_rng(seed)
+    blocks = 1 + max((int(spec.name.split(".")[1]) for spec in specs if spec.name.startswith("blk.")), default=0)
     entries = {
         "general.name": KeyValue("Synthetic", V.STRING),
-        "qwen3moe.block_count": KeyValue(3, V.UINT32),
+        "qwen3moe.block_count": KeyValue(blocks, V.UINT32),
         "qwen3moe.expert_count": KeyValue(n_expert, V.UINT32),
         "qwen3moe.expert_used_count": KeyValue(top_k, V.UINT32),
         "qwen3moe.expert_feed_forward_length": KeyValue(n_ff, V.UINT32),

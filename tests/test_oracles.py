@@ -102,7 +102,8 @@ def test_any_widths_run_as_the_masked_model(
     equal = st.sampled_from([align, facts.n_ff_exp]).map(lambda width: [width] * facts.n_expert)
     widths = [data.draw(st.one_of(row, equal)) for _ in facts.moe_layers]
     plan = random_plan(widths, facts.n_ff_exp, facts.n_expert_used, seed=data.draw(st.integers(0, 99)))
-    plan = replace(plan, layers=tuple(replace(p, index=i) for p, i in zip(plan.layers, facts.moe_layers, strict=True)))
+    layers = tuple(replace(p, index=i) for p, i in zip(plan.layers, facts.moe_layers, strict=True))
+    plan = replace(plan, layers=layers, model_fingerprint=facts.fingerprint)
     prune(base_f32, plan, folder / "pruned.gguf")
     (pruned,) = logits(
         runtime, tokens[:64], folder, folder / "pruned.gguf", n_batch=data.draw(st.sampled_from([1, 5, 64]))
@@ -155,6 +156,7 @@ def test_layers_with_different_numbers_of_experts_run(stats, checkpoint_dir, bas
     plan = random_plan(
         widths, facts.n_ff_exp, facts.n_expert_used, layers=facts.moe_layers, router=router, n_expert=facts.n_expert
     )
+    plan = replace(plan, model_fingerprint=facts.fingerprint)
     prune(base_f32, plan, tmp_path / "pruned.gguf")
     (pruned,) = logits(runtime, tokens, tmp_path, tmp_path / "pruned.gguf")
     assert difference(pruned, masked_logits(checkpoint_dir, plan, tokens)) < BOUND

@@ -205,8 +205,10 @@ def test_the_file_is_safetensors_and_says_what_made_it(tmp_path):
 def test_a_failure_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError), writing(tmp_path / "w", ORIGIN, []):
         raise RuntimeError
-    with pytest.raises(GgufToolError, match="cannot be written"), writing(tmp_path / "missing" / "w", ORIGIN, []):
+    (tmp_path / "file").touch()
+    with pytest.raises(GgufToolError, match="cannot be written"), writing(tmp_path / "file" / "w", ORIGIN, []):
         pass
+    (tmp_path / "file").unlink()
     assert not list(tmp_path.iterdir())
 
 

@@ -24,6 +24,7 @@ gguf = pytest.importorskip("gguf")
 
 from gguftool import cut  # noqa: E402
 from gguftool.gguf_file import GgufFile, write_gguf  # noqa: E402
+from gguftool.hf_to_gguf import FINGERPRINT_KEY
 from gguftool.quantize import (  # noqa: E402
     QuantizeTool,
     imatrix_entries,
@@ -59,7 +60,8 @@ def stats_for(path: Path) -> CalibrationStats:
     stats = make_stats(layers, stack.ne[2], stack.ne[0], stack.ne[1])
     rng = np.random.default_rng(1)
     linears = {s.name: rng.uniform(1, 2, s.ne[0]) for s in file.tensors if ".attn_" in s.name and len(s.ne) == 2}
-    return replace(stats, linears=linears)
+    model = replace(stats.model, fingerprint=file.value(FINGERPRINT_KEY, stats.model.fingerprint))
+    return replace(stats, model=model, linears=linears)
 
 
 def sha256(path: Path) -> str:
@@ -322,7 +324,7 @@ def test_refusals_before_the_work(base_gguf: Path, runtime: Any, tmp_path: Path)
 
 def test_a_failing_binary_leaves_nothing(base_gguf: Path, tmp_path: Path) -> None:
     tools = fake_tool(tmp_path / "tool", "echo 'no such thing'; exit 3")
-    with pytest.raises(GgufToolError, match="exit 3.*no such thing"):
+    with pytest.raises(GgufToolError, match="exit code 3.*no such thing"):
         quantize(base_gguf, "Q8_0", tmp_path / "out.gguf", tools=tools)
     assert [path.name for path in tmp_path.iterdir()] == ["tool"]
 

@@ -67,8 +67,9 @@ def test_weights_stay_on_disk_and_outlive_a_failed_save(checkpoint_dir, stats, t
     domains = [load_domain(builtin.texts()["calib_code"], checkpoint.tokenizer(), 128, 2)]
     plan = make_plan(stats, Recipe("global", 0.5))
     weights = refit(checkpoint, plan, domains, work)
+    (tmp_path / "file").touch()
     with pytest.raises(GgufToolError, match="cannot be written"):
-        weights.save(tmp_path / "missing" / "refit.safetensors")
+        weights.save(tmp_path / "file" / "refit.safetensors")
     seen: list[str] = []
     weights = refit(checkpoint, plan, domains, work, progress=lambda done, total, text: seen.append(text))
     assert not seen  # nothing was computed again
