@@ -182,6 +182,7 @@ def test_nothing_that_comes_from_outside_becomes_a_part_of_the_page(state):
     report = make_report(evil=EVIL, candidates=3)
     report = replace(report, status=Status(state, f"stage{EVIL}", f"message{EVIL}", "t", "t", 1, f"host{EVIL}"))
     text = render(report)
+    assert all(part not in text for part in ("<script", "<img", "\x00", "\ud800"))  # else the parser has no end
     page = Page(text)
     assert page.open == [] and not {"script", "img", "iframe", "object", "link", "base", "form"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "srcset", "style")]
