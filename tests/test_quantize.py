@@ -24,7 +24,7 @@ gguf = pytest.importorskip("gguf")
 
 from gguftool import cut  # noqa: E402
 from gguftool.gguf_file import GgufFile, write_gguf  # noqa: E402
-from gguftool.hf_to_gguf import FINGERPRINT_KEY
+from gguftool.hf_to_gguf import FINGERPRINT_KEY  # noqa: E402
 from gguftool.quantize import (  # noqa: E402
     QuantizeTool,
     imatrix_entries,
