@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from .durable import write_text
 from .runtime_base import BACKENDS, Runtime, built, cache_dir, read_base
 from .runtime_build import BUILD_BYTES
 from .toolchain import find_nvcc, find_tool, missing_compiler, nvidia_gpus, suits
@@ -213,4 +214,4 @@ def note_selftest(found: Iterable[tuple[str, bool]]) -> None:
         passed[backend] = passed.get(backend, True) and ok
     for backend, ok in passed.items():
         if runtime := built(backend):
-            (runtime.path / "selftest.json").write_text(json.dumps({"ok": ok}) + "\n", encoding="utf-8")
+            write_text(runtime.path / "selftest.json", json.dumps({"ok": ok}) + "\n")

@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .durable import settle
+from .durable import write_text
 from .errors import GgufToolError
 from .recipe import Recipe
 from .sources import HUB, Source, parse_source, spell
@@ -298,10 +298,7 @@ def _absolute(source: Source) -> Source:
 def save(recipe: RunRecipe, path: Path, head: str = "") -> None:
     """Writes the recipe to `path`, in one step; `head` are lines of comment for its beginning."""
     comment = "".join(f"# {line}\n" for line in head.splitlines())
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(comment + dumps(recipe), encoding="utf-8")
+        write_text(path, comment + dumps(recipe))
     except UnicodeEncodeError as error:
-        partial.unlink(missing_ok=True)
         raise GgufToolError(f"{path}: a path in the recipe is not UTF-8, which TOML cannot hold") from error
-    settle(partial, path)

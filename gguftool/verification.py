@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from .durable import settle
+from .durable import write_text
 from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress
 from .inspection import check, inspect
@@ -38,9 +38,7 @@ class Verified:
             | {"files": dict(self.files)},
             indent=1,
         )
-        partial = folder / f"{NAME}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        settle(partial, folder / NAME)
+        write_text(folder / NAME, text + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Verified:

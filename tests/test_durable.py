@@ -19,10 +19,10 @@ from gguftool.gguf_pass import StageDir
 from gguftool.overrides import Origin, writing
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
-from gguftool.report import Report
 from gguftool.sensitivity import LayerCost, Sensitivity, conditions
 from gguftool.sweep import Store
 from gguftool.tensors import TensorSpec
+from gguftool.verification import Verified
 from gguftool.workdir import WorkDir
 from gguftool.workspace import Workspace
 from synthetic import make_stats
@@ -59,10 +59,6 @@ def order(monkeypatch):
     return found
 
 
-def report() -> Report:
-    return Report("m", 10, {}, [], "p")
-
-
 def write_stats(folder: Path) -> None:
     make_stats().save(folder / "stats.safetensors")
 
@@ -76,8 +72,9 @@ def write_weights(folder: Path) -> None:
         writer.add((0, 0, "down"), np.ones((2, 3), dtype=np.float32))
 
 
-def write_report(folder: Path) -> None:
-    report().save(folder)
+def write_verified(folder: Path) -> None:
+    verified = Verified({"a.gguf": "0" * 64})
+    verified.save(folder)
 
 
 def write_gguf_file(folder: Path) -> None:
@@ -119,7 +116,7 @@ WRITERS = {
     write_stats: ["stats.safetensors"],
     write_plan: ["plan.json"],
     write_weights: ["weights.safetensors"],
-    write_report: ["report.json", "report.md"],
+    write_verified: ["verified.json"],
     write_gguf_file: ["model.gguf"],
     write_state: ["state.json", "state.json"],
     write_row: None,
@@ -175,11 +172,16 @@ EXCEPTIONS = {
     ("routes", "allocate", "open"): "a mapping that lives as long as a layer, cleared by the next run",
     ("quantize", "quantize", "write_text"): "in a scratch folder, read by llama-quantize",
     ("selftest_worker", "_run", "savez"): "in the parent's temporary folder",
-    ("bench_worker", "main", "open"): "the pipe of the answers",
+    ("bench_worker", "serve", "open"): "the pipe of the answers",
+    ("budget_worker", "main", "open"): "the pipe of the answers",
+    ("loading", "_serve", "open"): "the pipe of the answers",
+    ("demo", "unpack", "write_bytes"): "the partial file of replacing",
+    ("gguf_file", "write_sparse", "open"): "an outline without weights, in a temporary folder",
     ("builtin", "unpack", "copyfile"): "in a partial folder, flushed before it is renamed",
     ("builtin", "unpack", "rename"): "the rename of that folder",
     ("builtin", "_write_stamp", "write_text"): "in that folder",
     ("builtin", "_write_bf16", "open"): "in that folder",
+    ("random_checkpoint", "_write_index", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "write_random_checkpoint", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "first_layers", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "first_layers", "symlink"): "a benchmark's temporary folder",
@@ -231,7 +233,7 @@ def _is_one_path(node: ast.Call) -> bool:
 
 def _is_ours(node: ast.Call, attribute: str, owner: str) -> bool:
     """Our own save methods, and durable's write_text, which is called as a function."""
-    own_text = isinstance(node.func, ast.Name) and node.func.id == "write_text"
+    own_text = isinstance(node.func, ast.Name) and node.func.id in ("write_text", "save")
     return own_text or (attribute == "save" and owner not in ("torch", "np")) or (attribute == "copy" and not node.args)
 
 
