@@ -13,6 +13,7 @@ from . import __version__
 from .budget import Memory, measure
 from .chat import template_of_gguf
 from .corpus import read_scored
+from .durable import settle
 from .evaluate import compare_many
 from .fit_report import MEASURED, Weighed
 from .fit_solve import SCRATCH, Choice
@@ -73,7 +74,7 @@ class Bench:
             else:
                 made = build(self.job, folder, self.source, choice.recipe, refit=self.refit).path
             self.store.save({"name": self._model_key(choice)}, {"name": made.name})
-            made.replace(path)
+            settle(made, path)
             shutil.rmtree(folder.folder)
         return path
 
@@ -92,7 +93,7 @@ class Bench:
         name = self._name(choice)
         assert name is not None
         key = {"fit": self._model_key(choice)}
-        return self.work.step(name, key, lambda path: self.file(choice).replace(path))
+        return self.work.step(name, key, lambda path: settle(self.file(choice), path))
 
     def took(self, choice: Choice, ctx: int) -> Memory:
         """What a candidate's file takes in memory, measured; once for each file."""

@@ -19,11 +19,11 @@ from gguftool.gguf_pass import StageDir
 from gguftool.overrides import Origin, writing
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
-from gguftool.report import Report
 from gguftool.report_files import publish
 from gguftool.sensitivity import LayerCost, Sensitivity, conditions
 from gguftool.sweep import Store
 from gguftool.tensors import TensorSpec
+from gguftool.verification import Verified
 from gguftool.workdir import WorkDir
 from gguftool.workspace import Workspace
 from synthetic import make_stats
@@ -60,10 +60,6 @@ def order(monkeypatch):
     return found
 
 
-def report() -> Report:
-    return Report("m", 10, {}, [], "p")
-
-
 def write_stats(folder: Path) -> None:
     make_stats().save(folder / "stats.safetensors")
 
@@ -77,8 +73,17 @@ def write_weights(folder: Path) -> None:
         writer.add((0, 0, "down"), np.ones((2, 3), dtype=np.float32))
 
 
+def report() -> Report:
+    return Report("m", 10, {}, [], "p")
+
+
 def write_report(folder: Path) -> None:
     publish(report(), folder)
+
+
+def write_verified(folder: Path) -> None:
+    verified = Verified({"a.gguf": "0" * 64})
+    verified.save(folder)
 
 
 def write_gguf_file(folder: Path) -> None:
@@ -121,6 +126,7 @@ WRITERS = {
     write_plan: ["plan.json"],
     write_weights: ["weights.safetensors"],
     write_report: ["report.html", "report.md", "report.json"],
+    write_verified: ["verified.json"],
     write_gguf_file: ["model.gguf"],
     write_state: ["state.json", "state.json"],
     write_row: None,
@@ -179,18 +185,15 @@ EXCEPTIONS = {
     ("bench_worker", "serve", "open"): "the pipe of the answers",
     ("budget_worker", "main", "open"): "the pipe of the answers",
     ("loading", "_serve", "open"): "the pipe of the answers",
-    ("runs", "carry_out", "save"): "recipe_file.save, which writes by durable",
     ("demo", "unpack", "write_bytes"): "the partial file of replacing",
-    ("fit_measure", "file", "replace"): "a finished file gets another name in the scratch folder",
-    ("fit_measure", "keep", "replace"): "a finished file gets the name of a step, which flushes it",
     ("gguf_file", "write_sparse", "open"): "a skeleton in a scratch folder, run and removed",
     ("builtin", "unpack", "copyfile"): "in a partial folder, flushed before it is renamed",
     ("builtin", "unpack", "rename"): "the rename of that folder",
     ("builtin", "_write_stamp", "write_text"): "in that folder",
     ("builtin", "_write_bf16", "open"): "in that folder",
+    ("random_checkpoint", "_write_index", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "write_random_checkpoint", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "first_layers", "write_text"): "a benchmark's temporary folder",
-    ("random_checkpoint", "_write_index", "write_text"): "a benchmark's temporary folder",
     ("random_checkpoint", "first_layers", "symlink"): "a benchmark's temporary folder",
     ("random_checkpoint", "_write_shard", "open"): "a benchmark's temporary folder",
     ("runtime_build", "_download", "write_text"): "in a scratch folder, read by pip",
@@ -240,7 +243,7 @@ def _is_one_path(node: ast.Call) -> bool:
 
 def _is_ours(node: ast.Call, attribute: str, owner: str) -> bool:
     """Our own save methods, and durable's write_text, which is called as a function."""
-    own_text = isinstance(node.func, ast.Name) and node.func.id == "write_text"
+    own_text = isinstance(node.func, ast.Name) and node.func.id in ("write_text", "save")
     return own_text or (attribute == "save" and owner not in ("torch", "np")) or (attribute == "copy" and not node.args)
 
 
