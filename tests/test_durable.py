@@ -19,6 +19,7 @@ from gguftool.gguf_pass import StageDir
 from gguftool.overrides import Origin, writing
 from gguftool.planner import make_plan
 from gguftool.recipe import Recipe
+from gguftool.report import Report
 from gguftool.report_files import publish
 from gguftool.sensitivity import LayerCost, Sensitivity, conditions
 from gguftool.sweep import Store
