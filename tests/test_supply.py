@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,23 @@ def test_code_in_a_checkpoint_is_not_run_by_the_converter(trapped, tmp_path, run
     folder, sprung = trapped
     convert(folder, tmp_path / "out.gguf", runtime, pre_tokenizer="qwen2")
     assert not sprung.exists() and GgufFile(tmp_path / "out.gguf").tensors
+
+
+def test_what_the_converter_trusts_is_not_run(trapped, tmp_path, runtime):
+    """A converter that loads the tokenizer as llama.cpp's does for some families: with trust_remote_code."""
+    folder, sprung = trapped
+    own = tmp_path / "runtime" / "convert"
+    (own / "conversion").mkdir(parents=True)
+    (own / "conversion" / "base.py").write_text("class ModelBase: set_type = None\nclass TextModel(ModelBase): pass\n")
+    (own / "convert_hf_to_gguf.py").write_text(
+        "import sys\nfrom transformers import AutoTokenizer\n"
+        "def main(): sys.exit(str(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)))\n"
+    )
+    trusting = (runtime.convert_dir / "conversion" / "deepseek.py").read_text()
+    assert "trust_remote_code=True" in trusting  # else this test, and the guard, are needed no more
+    with pytest.raises(GgufToolError):
+        convert(folder, tmp_path / "out.gguf", replace(runtime, path=own.parent))
+    assert not sprung.exists() and not (tmp_path / "out.gguf").exists()
 
 
 def test_a_checkpoint_that_cannot_do_without_its_code_is_refused(trapped, tmp_path, runtime):
