@@ -168,7 +168,19 @@ def write_tiered(base: Path, out: Path) -> tuple[LayerPlan, ...]:
             name = spec.name.replace("ffn_down_exps", "ffn_exps_tier")
             specs.append(TensorSpec(name, tier_map.shape[::-1], "I32"))
             made[name] = tier_map.view(np.uint8)
-    plan = PrunePlan(Recipe("made-up", 0.5), "", "made-up", "0" * 64, file.arch, None, (), n_expert, 4, n_ff, layers)
+    plan = PrunePlan(
+        Recipe("made-up", 0.5),
+        "",
+        "made-up",
+        file.value(FINGERPRINT_KEY, "0" * 64),
+        file.arch,
+        None,
+        (),
+        n_expert,
+        4,
+        n_ff,
+        layers,
+    )
     entries = {key: file.entry(key) for key in file.keys()} | cut.entries(plan, "tiered")
     write_gguf(out, file.arch, entries, specs, lambda spec: made[spec.name])
     return layers
