@@ -56,5 +56,6 @@ def bound(noise: float | None, quantized: float, n_vocab: int, base_ppl: float) 
     Whatever the plan, a model farther from the original than one that gives every token of the vocabulary the same
     probability is no model: that one is ln(n_vocab) - H away, H, the original's entropy, being about ln(perplexity).
     """
-    nothing_known = log(n_vocab) - log(base_ppl)
+    # An original that guesses worse than chance says nothing of its entropy, which may then be next to 0.
+    nothing_known = log(n_vocab) - (log(base_ppl) if base_ppl < n_vocab else 0.0)
     return nothing_known if noise is None else min(nothing_known, LIMIT * noise + QUANTIZED * quantized + FLOOR)

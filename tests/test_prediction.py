@@ -50,6 +50,7 @@ def test_the_bound_by_hand():
     assert bound(0.01, 0.1, 1000, 10.0) == pytest.approx(LIMIT * 0.01 + 0.3 + FLOOR)
     assert bound(1.0, 0.0, 1000, 10.0) == pytest.approx(log(100))
     assert bound(None, 0.0, 1000, 10.0) == pytest.approx(log(100))
+    assert bound(None, 0.0, 1000, 2000.0) == pytest.approx(log(1000))  # an untrained model is no fault of the file
 
 
 def test_the_noise_is_what_the_table_measured(stats):
