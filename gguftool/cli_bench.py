@@ -38,11 +38,11 @@ def bench() -> None:
 )
 @click.option(
     "--starts",
-    default=6,
+    default=4,
     show_default=True,
     help="How often all processes are started anew; twice that on a noisy machine.",
 )
-@click.option("--rounds", default=4, show_default=True, help="How often each of them is asked, in turns.")
+@click.option("--rounds", default=6, show_default=True, help="How often each of them is asked, in turns.")
 @click.option("--layers", "n_layer", default=0, show_default=True, help="Layers of the files; 0 picks by size.")
 @click.option("--threads", default=2, show_default=True, help="Threads of llama.cpp.")
 @click.option("--mmap/--no-mmap", default=False, show_default=True, help="Map the file, or read it.")
