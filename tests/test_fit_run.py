@@ -16,7 +16,7 @@ from gguftool.extras import Extras
 from gguftool.fit_report import CHOSEN, FitReport, Weighed
 from gguftool.pipeline import Built, far_from_plan
 from gguftool.quantize import QuantizeTool, quantize
-from gguftool.recipe_file import Found, RunRecipe, load
+from gguftool.recipe_file import FIT_CTX, Found, RunRecipe, load
 from gguftool.report_files import load as load_report
 from gguftool.runs import Ears, carry_out
 from gguftool.verification import Verified, sha256
@@ -171,6 +171,18 @@ def test_its_recipe_asks_anew(pruned, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(runs, "produce", lambda job, out, pruning, *_, **__: seen.append(pruning) or ask(*[None] * 5))
     typed("compress", "--recipe", pruned / "recipe.toml", "--ratio", 0.3, "-o", tmp_path / "again", code=1)
     assert seen[2].ratio == 0.3
+
+
+def test_a_context_that_was_not_named_is_written_out(pruned, tmp_path, monkeypatch) -> None:
+    recipe = replace(load(pruned / "recipe.toml"), fit_ctx=None)
+    made, found = recipe.made, Found("Q8_0", 0.25)
+    asked = []
+    monkeypatch.setattr(runs, "produce_fitting", lambda job, out, ask, *_: asked.append(ask) or (None, found))
+    monkeypatch.setattr(runs, "what_it_met", lambda recipe, job, _, found: replace(made, found=found))
+    monkeypatch.setattr(runs, "assess", lambda *_: None)
+    carry_out(recipe, tmp_path)
+    assert asked[0].ctx == load(tmp_path / "recipe.toml").fit_ctx == FIT_CTX
+    assert load(tmp_path / "recipe.toml").made.found == found
 
 
 def test_stopped_it_goes_on_where_it_was(pruned, tmp_path, monkeypatch) -> None:
