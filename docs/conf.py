@@ -11,7 +11,18 @@ html_theme_options = {"page_width": "1100px", "sidebar_width": "240px", "descrip
 html_sidebars = {"**": ["about.html", "navigation.html", "searchfield.html"]}
 myst_heading_anchors = 4
 HERE = Path(__file__).parent
-ORDER = ("tutorial", "methods/index", "results", "format", "patches", "trust", "architectures", "criteria")
+ORDER = (
+    "tutorial",
+    "methods/index",
+    "fit",
+    "report",
+    "results",
+    "format",
+    "patches",
+    "trust",
+    "architectures",
+    "criteria",
+)
 
 
 def add_contents(app, name, source):

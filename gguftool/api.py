@@ -101,8 +101,6 @@ def compress(
     Raises:
         GgufToolError: as the command; also where something that was measured cannot be right. The files are kept then.
     """
-    from dataclasses import replace
-
     from .recipe_file import RunRecipe, find, load
     from .runs import Ears, carry_out
 
@@ -114,7 +112,7 @@ def compress(
         given["data"] = tuple(_sources(given["data"]))
     if "eval" in given:
         given["eval"] = tuple(Path(path) for path in given["eval"])
-    report = carry_out(replace(base, **given), Path(out), Ears(progress or _silent, say or _unsaid))
+    report = carry_out(base.changed(given), Path(out), Ears(progress or _silent, say or _unsaid))
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
     return report

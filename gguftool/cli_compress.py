@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from .cli_fit import FIT_CTX, make_ask, show_fit
+from .cli_fit import show_fit
 from .cli_options import (
     FILE,
     backend_option,
@@ -31,9 +30,9 @@ from .cli_options import (
     windows_option,
 )
 from .errors import GgufToolError
+from .recipe_file import FIT_CTX, RunRecipe
 
 if TYPE_CHECKING:
-    from .recipe_file import RunRecipe
     from .runs import Step
 
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
@@ -91,20 +90,19 @@ def compress(
     MODEL is a checkpoint directory, or a GGUF, which is then not converted. The folder gets the files, the report, and
     recipe.toml, from which `compress --recipe` makes the same again and `verify` sees whether it is the same. Every file is
     read again and hashed; a perplexity or a KL divergence that cannot be right, or backends that disagree, are a failure.
+
+    With --fit it finds ratio and type itself (those of `fit`, or only --quant) and makes the best file that stays below the
+    budget, which may be an unpruned one; the report shows what was weighed.
     """
     from .extras import Extras
     from .provenance import command_line
     from .recipe_file import find, load
-    from .runs import Ears, carry_out, job_of, outlook
+    from .runs import Ears, carry_out, outlook
 
     recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
-    if recipe.fit is not None:
-        targets = [recipe.quant] if recipe.quant else []
-        with terminal.progress() as progress:
-            job = job_of(recipe, Ears(progress, terminal.say))
-            ask = make_ask(recipe.fit, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit)
-            show_fit(terminal, job, out, ask, dry_run)
+    if dry_run and recipe.fit is not None:
+        show_fit(terminal, recipe, out, dry_run=True)
         return
     if dry_run:
         with terminal.progress() as progress:
@@ -113,10 +111,11 @@ def compress(
         terminal.show({"path": str(out), "written": False, "steps": [vars(step) for step in steps]}, *lines)
         return
     extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
-    with terminal.live(f"{recipe.model} -> {out}", recipe.quant) as (progress, watch):
+    with terminal.live(f"{recipe.model} -> {out}", recipe.quant, recipe.fit is not None) as (progress, watch):
         report = carry_out(recipe, out, Ears(progress, terminal.say, watch), extras)
     point_to_report(terminal, out, open_page)
-    terminal.show(report.as_dict(), report.table(), *(f"note: {note}" for note in report.notes))
+    goal = [f"{name}: {value}" for name, value in (report.budget or {}).items()]
+    terminal.show(report.as_dict(), report.table(), *goal, *(f"note: {note}" for note in report.notes))
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
 
@@ -129,8 +128,6 @@ def _size(step: Step) -> str:
 
 def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[str, Any]) -> RunRecipe:
     """The recipe (or none) with the options that the user has given; each by the name of its key."""
-    from .recipe_file import RunRecipe
-
     given = {key: value for key, value in options.items() if context.get_parameter_source(key) in _GIVEN}
     ratio, keep = given.pop("ratio", None), given.pop("keep", None)
     if ratio is not None and keep is not None:
@@ -143,9 +140,7 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
         if key in given:
             given[key] = parse(given[key])
     given = {_KEYS.get(key, key): value for key, value in given.items()}
-    if "fit" in given:
-        given.setdefault("ratio", None)  # the recipe's own goes
-    recipe = replace(recipe or RunRecipe(), **given)
+    recipe = (recipe or RunRecipe()).changed(given)
     for key, option in (("model", "MODEL"), ("data", "--data"), ("eval", "--eval"), ("ratio", "--ratio or --keep")):
         if key == "ratio" and recipe.fit is not None:
             continue  # it is what is to be found

@@ -9,6 +9,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "fit": ("gguftool fit MODEL_DIR --memory 12GiB --ctx 8192 --data code.txt --eval held_out.txt -o out",),
     "compress": (
         "gguftool compress MODEL_DIR --ratio 0.4 --quant Q4_K_M --data code.txt --data chat.jsonl --eval wiki.txt -o out",
+        "gguftool compress MODEL_DIR --fit 12GiB --fit-ctx 8192 --data code.txt --eval held_out.txt -o out",
         "gguftool compress MODEL_DIR --recipe code --ratio 0.25 -o out",
         "gguftool compress --recipe out/recipe.toml -o again",
     ),

@@ -13,22 +13,16 @@ from .cli_options import (
     backend_option,
     data_option,
     device_option,
-    load_runtime,
     make_terminal,
     output_options,
     pre_tokenizer_option,
     windows_option,
 )
+from .recipe_file import FIT_CTX, RunRecipe
 from .sources import Source
 
 if TYPE_CHECKING:
-    from .fit import Ask
-    from .prepare import Job
-    from .recipe import Recipe
     from .terminal import Terminal
-
-
-FIT_CTX = 8192
 
 
 @click.command()
@@ -79,34 +73,28 @@ def fit(
     of which the least goes; what they cost is measured, and the best one is made and checked against the budget in a
     process that fills the context. Resumable.
     """
-    from .prepare import Job
-    from .recipe import Recipe
-
-    terminal = make_terminal(as_json, quiet)
-    ask = make_ask(budget, ctx, Recipe(method, 0.0), targets, refit, every)
-    found, llama = load_runtime(backend)
-    with terminal.progress() as progress:
-        job = Job(
-            model=model, calibration=data, evaluation=evaluation, runtime=found, llama=llama, progress=progress,
-            n_ctx=n_ctx, windows=windows, eval_windows=eval_windows, pre_tokenizer=pre_tokenizer, device=device,
-            memory=calibration_memory,
-        )  # fmt: skip
-        show_fit(terminal, job, out, ask, dry_run)
+    recipe = RunRecipe(
+        model=model, data=data, eval=evaluation, fit=budget, fit_ctx=ctx, method=method, refit=refit, ctx=n_ctx,
+        windows=windows, eval_windows=eval_windows, memory=calibration_memory, pre_tokenizer=pre_tokenizer, device=device,
+        backend=backend,
+    )  # fmt: skip
+    show_fit(make_terminal(as_json, quiet), recipe, out, targets, every, dry_run)
 
 
-def make_ask(
-    budget: str, ctx: int, recipe: Recipe, targets: Sequence[str], refit: str | None, every: bool = False
-) -> Ask:
-    """What is asked of `fit.run`; no target stands for the usual ones."""
-    from .fit import TARGETS, Ask
-    from .memory import parse_bytes
+def show_fit(
+    terminal: Terminal, recipe: RunRecipe, out: Path, targets: Sequence[str] = (), every: bool = False,
+    dry_run: bool = False,
+) -> None:  # fmt: skip
+    """Searches for the best file for the recipe's budget and shows what came of it; no `targets` stand for the recipe's own."""
+    from dataclasses import replace
 
-    return Ask(parse_bytes(budget), ctx, recipe, tuple(targets) or TARGETS, refit or "", every)
-
-
-def show_fit(terminal: Terminal, job: Job, out: Path, ask: Ask, dry_run: bool = False) -> None:
-    """Runs `fit` and shows what it says."""
     from .fit import run
+    from .runs import Ears, ask_of, job_of
 
-    report = run(job, out, ask, terminal.say, dry_run=dry_run)
+    ask = ask_of(recipe)
+    assert ask is not None
+    ask = replace(ask, targets=tuple(targets) or ask.targets, every=every)
+    with terminal.progress() as progress:
+        job = job_of(recipe, Ears(progress, terminal.say))
+        report = run(job, out, ask, terminal.say, dry_run=dry_run)
     terminal.show(report.as_dict(), report.table(), *report.lines())

@@ -43,8 +43,8 @@ ALL = Extras()
 def add_extras(
     journal: Journal, job: Job, base: Path, models: Sequence[Tried], extras: Extras, known: Mapping[str, str]
 ) -> None:
-    """Adds the sections of `trial`, `provenance` and `model_card` to the journal; `models` without the original;
-    `known` are hashes of outputs that there are already, by name.
+    """Adds the sections of `trial`, `provenance` and `model_card` to the journal; `models` without the original, the report's
+    main row first; `known` are hashes of outputs that there are already, by name.
 
     A trial that fails is said in the report and costs nothing else of it.
     """
@@ -60,8 +60,9 @@ def add_extras(
         except GgufToolError as error:
             journal.learn(speed={"error": str(error)})
     main = journal.report.main
-    if main is not None and models and (plan := models[0].plan) is not None:
-        layout = "stock" if plan.uniform else "tiered"
+    if main is not None and models:
+        plan = models[0].plan
+        layout = "stock" if plan is None or plan.uniform else "tiered"
         journal.learn(card=card_facts(GgufFile(base), job.model, models[0].path, main.encoding, layout))
     journal.stage("hashes" if extras.measure else "provenance")
     inputs = [job.model, *_files(job.calibration), *job.evaluation]

@@ -10,7 +10,6 @@ Measurements stay in `rows/` (`measurements`, the keys of `sweep`), files go as 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from .evaluate import physical_memory
 from .fit_choose import is_past, mean_kl, verdict
 from .fit_measure import Bench
 from .fit_report import CHOSEN, FITS, LEFT_OUT, MEASURED, TOO_LARGE, FitReport, Weighed
-from .fit_solve import MOST, Choice, Solver, targets_for
+from .fit_solve import MOST, SCRATCH, Choice, Solver, targets_for
 from .gguf_file import GgufFile, check_space
 from .gguf_model import is_gguf, open_gguf
 from .inventory import model_facts
@@ -64,6 +63,24 @@ class Ask:
     every: bool = False
 
 
+@dataclass(frozen=True)
+class Search:
+    """Where a search begins: `ask` with the types that are tried, `solver` with the model and its stats, notes on both."""
+
+    ask: Ask
+    solver: Solver
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Where it ends: the best candidate that fits, the `bench` that has its file, and what was weighed (without a path yet)."""
+
+    choice: Choice
+    bench: Bench
+    report: FitReport
+
+
 def run(job: Job, out: Path, ask: Ask, say: Say, *, dry_run: bool = False) -> FitReport:
     """Finds, makes and checks the best file. `dry_run` stops before anything is calibrated, pruned or measured.
 
@@ -72,42 +89,58 @@ def run(job: Job, out: Path, ask: Ask, say: Say, *, dry_run: bool = False) -> Fi
     """
     check(job, ask)
     work = Workspace(out, say)
+    if dry_run:
+        return _outlook(job, work, ask)
+    decided = decide(start(job, work, ask), say)
+    report = replace(decided.report, path=decided.bench.keep(decided.choice).path)
+    report.save(out)
+    return report
+
+
+def start(job: Job, work: Workspace, ask: Ask) -> Search:
+    """Finds out whether anything fits, then converts and calibrates. Raises as `run` does."""
+    found = _fitting(job, work, ask)
+    ask, solver = found.ask, found.solver
+    # What pruning leaves in the base's types with its new weights, and the files that are measured side by side.
+    size = solver.source.base.stat().st_size
+    check_space(work.folder / SCRATCH, 2 * size + (UNPRUNED + 2) * min(size, ask.budget))
+    source = prepare(job, work, [replace(ask.recipe, ratio=0.5, target=ask.targets[0])])
+    notes = (*found.notes, *coverage(source.stats).notes())
+    return Search(ask, _solver(job, work, source, ask, solver.beside), notes)
+
+
+def decide(search: Search, say: Say) -> Decided:
+    """Builds and measures candidates until the best one is known and has stayed below the budget. Raises as `run` does."""
+    ask, solver = search.ask, search.solver
+    solver.work.watch("stage", {"name": "weigh"})
+    bench = Bench(solver.job, solver.work, solver.source, ask.refit)
+    choices, rows = candidates(ask, solver)
+    rows |= weigh(ask, choices, bench)
+    chosen, memory = _settle(ask, solver, bench, choices, rows, say)
+    return Decided(chosen, bench, _report(ask, solver, rows, search.notes, bench.protocol(), memory))
+
+
+def _fitting(job: Job, work: Workspace, ask: Ask) -> Search:
+    """With stats of nothing: the types to try, and what the smallest file takes beside itself."""
     blank = _blank(job, work, ask)
-    if not dry_run:
-        # What pruning leaves in the base's types with its new weights, and the files that are measured side by side.
-        size = blank.base.stat().st_size
-        check_space(out / "fit.work", 2 * size + (UNPRUNED + 2) * min(size, ask.budget))
+    work.watch("stage", {"name": "budget"})
     targets, notes = targets_for(blank, ask.targets, Base.open(blank.base))
     ask = replace(ask, targets=tuple(targets))
     solver = _solver(job, work, blank, ask, 0)
     solver.beside = _smallest(solver, ask).beside
-    notes += _context_notes(solver.base.file, ask.ctx)
-    if dry_run:
-        found = _known_stats(blank, out)
-        solver = _solver(job, work, found, ask, solver.beside)
-        if found is blank:
-            notes.append("without stats every neuron counts alike; the bytes of what is really cut differ a little")
-        _, rows = candidates(ask, solver)
-        return _report(ask, solver, rows, notes)
-    source = prepare(job, work, [replace(ask.recipe, ratio=0.5, target=ask.targets[0])])
-    solver = _solver(job, work, source, ask, solver.beside)
-    bench = Bench(job, work, source, ask.refit)
-    choices, rows = candidates(ask, solver)
-    rows |= weigh(ask, choices, bench)
-    chosen, memory = _settle(ask, solver, bench, choices, rows, say)
-    path = bench.keep(chosen)
-    shutil.rmtree(bench.scratch, ignore_errors=True)
-    report = _report(
-        ask,
-        solver,
-        rows,
-        [*notes, *coverage(source.stats).notes()],
-        bench,
-        memory,
-        path,
-    )
-    report.save(out)
-    return report
+    return Search(ask, solver, (*notes, *_context_notes(solver.base.file, ask.ctx)))
+
+
+def _outlook(job: Job, work: Workspace, ask: Ask) -> FitReport:
+    """The candidates by their bytes, with the stats that there are."""
+    found = _fitting(job, work, ask)
+    ask, blank, notes = found.ask, found.solver.source, found.notes
+    source = _known_stats(blank, work.folder)
+    solver = _solver(job, work, source, ask, found.solver.beside)
+    if source is blank:
+        notes = (*notes, "without stats every neuron counts alike; the bytes of what is really cut differ a little")
+    _, rows = candidates(ask, solver)
+    return _report(ask, solver, rows, notes)
 
 
 def check(job: Job, ask: Ask) -> None:
@@ -295,8 +328,7 @@ def _settle(
 
 
 def _report(
-    ask: Ask, solver: Solver, rows: Rows, notes: Sequence[str], bench: Bench | None = None, memory: Memory | None = None,
-    path: Path | None = None,
+    ask: Ask, solver: Solver, rows: Rows, notes: Sequence[str], protocol: str = "", memory: Memory | None = None
 ) -> FitReport:  # fmt: skip
     source = solver.source
     first = {CHOSEN: 0, MEASURED: 1, FITS: 2, LEFT_OUT: 3, TOO_LARGE: 4}
@@ -310,6 +342,6 @@ def _report(
         ),
     )
     return FitReport(
-        source.stats.model.name, source.base.stat().st_size, ask.budget, ask.ctx, ordered, memory, path, verdict(ordered),
-        bench.protocol() if bench else "", tuple(notes),
+        source.stats.model.name, source.base.stat().st_size, ask.budget, ask.ctx, ordered, memory, None, verdict(ordered),
+        protocol, tuple(notes),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from .fit_report import MEASURED, Weighed
 from .fit_solve import SCRATCH, Choice
 from .measurements import Store, digest, measured_facts, plain
 from .perplexity import usable_cpus
-from .pipeline import build, quantize_base
+from .pipeline import Built, build, quantize_base
 from .planner import fingerprint
 from .prepare import Job, Prepared
 from .workspace import Workspace
@@ -70,11 +70,12 @@ class Bench:
             folder = Workspace(self.scratch / self._digest(choice), self.work.say)
             folder.state["base.gguf"] = self.work.state["base.gguf"]
             if choice.recipe is None:
-                made = quantize_base(self.job, folder, self.source, choice.target).path
+                made = quantize_base(self.job, folder, self.source, choice.target)
             else:
-                made = build(self.job, folder, self.source, choice.recipe, refit=self.refit).path
-            self.store.save({"name": self._model_key(choice)}, {"name": made.name})
-            settle(made, path)
+                made = build(self.job, folder, self.source, choice.recipe, refit=self.refit)
+            facts = {"name": made.path.name, "notes": list(made.notes)}
+            self.store.save({"name": self._model_key(choice)}, facts)
+            settle(made.path, path)
             shutil.rmtree(folder.folder)
         return path
 
@@ -84,16 +85,25 @@ class Bench:
             if path.stem != self._digest(kept):
                 path.unlink()
 
-    def keep(self, choice: Choice) -> Path:
-        """Moves a candidate's file to where the user finds it, under the name that `compress` would give it."""
-        if choice.recipe is None and self.source.has_encoding(choice.target):
-            return self.source.base
-        if self._name(choice) is None:
+    def keep(self, choice: Choice) -> Built:
+        """Gives a candidate's file the name that `compress` would give it, its plan beside it, and removes all other ones.
+
+        Where the original itself was chosen, that is the file.
+        """
+        source, key = self.source, {"fit": self._model_key(choice)}
+        if choice.recipe is None and source.has_encoding(choice.target):
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            return Built(choice.label, None, source.encoding, source.base)
+        if self._made(choice) is None:
             self.file(choice)
-        name = self._name(choice)
-        assert name is not None
-        key = {"fit": self._model_key(choice)}
-        return self.work.step(name, key, lambda path: settle(self.file(choice), path))
+        made = self._made(choice)
+        assert made is not None
+        path = self.work.step(str(made["name"]), key, lambda path: settle(self.file(choice), path))
+        if choice.plan is not None:
+            self.work.step(f"{path.stem}.plan.json", key, choice.plan.save)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        kind = source.encoding if source.has_encoding(choice.target) else choice.target
+        return Built(choice.label, choice.plan, kind, path, tuple(made.get("notes", ())))
 
     def took(self, choice: Choice, ctx: int) -> Memory:
         """What a candidate's file takes in memory, measured; once for each file."""
@@ -104,9 +114,8 @@ class Bench:
             self.store.save(key, known := memory.as_dict())
         return Memory.of(known)
 
-    def _name(self, choice: Choice) -> str | None:
-        known = self.store.load({"name": self._model_key(choice)})
-        return None if known is None else str(known["name"])
+    def _made(self, choice: Choice) -> dict[str, Any] | None:
+        return self.store.load({"name": self._model_key(choice)})
 
     def protocol(self) -> str:
         """How the numbers were measured."""

@@ -16,6 +16,7 @@ from rich.text import Text
 from .budget import RUN_OPTIONS, Memory
 from .durable import write_text
 from .memory import gib
+from .report import Candidate
 
 CHOSEN, MEASURED, LEFT_OUT, TOO_LARGE, FITS = "chosen", "measured", "left out", "too large", "fits"
 
@@ -92,6 +93,26 @@ class FitReport:
             "path": str(self.path) if self.path else None, "command": self.command, "verdict": self.verdict,
             "candidates": [row.as_dict() for row in self.rows], "protocol": self.protocol, "notes": list(self.notes),
         }  # fmt: skip
+
+    def candidates(self) -> list[Candidate]:
+        """The rows as a report shows them, in the same order."""
+        return [
+            Candidate(
+                row.label, row.predicted if row.bytes is None else row.bytes,
+                {name: {"mean": text["kld"], "err": text["kld_err"]} for name, text in row.texts.items()},
+                row.status == CHOSEN, f"{row.status}: {row.why}" if row.why else row.status, row.need,
+            )
+            for row in self.rows
+        ]  # fmt: skip
+
+    def goal(self) -> dict[str, str]:
+        """What was asked for and what it came to, for a report."""
+        goal = {"budget": f"{gib(self.budget)} of memory ({self.budget:,} bytes), with a context of {self.ctx} tokens"}
+        if self.memory:
+            goal["measured"] = f"{self.memory}; {self.memory.peak:,} bytes"
+        if self.path:
+            goal["to run it within the budget"] = self.command.replace(str(self.path), self.path.name)
+        return goal | {"choice": self.verdict, "how it was weighed": self.protocol}
 
     def save(self, folder: Path) -> None:
         """Writes fit.json into `folder`."""

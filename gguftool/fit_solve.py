@@ -102,13 +102,17 @@ class Solver:
 
     def unpruned(self, target: str) -> Choice:
         """The unpruned model at `target`, whether it fits or not; its memory is measured where it may fit."""
+        choice = self.whole(target)
+        return self.tried(choice) if choice.outline.file_bytes < self.limit(target) else choice
+
+    def whole(self, target: str) -> Choice:
+        """The unpruned model at `target`; its memory is not measured."""
         outline = unpruned(self.base)
         if not self.source.has_encoding(target):
             outline = quantized(
                 outline, target, planned_types(self.base.file, target, has_imatrix=True), self.source.stats
             )
-        choice = Choice(target, None, None, outline)
-        return self.tried(choice) if outline.file_bytes < self.limit(target) else choice
+        return Choice(target, None, None, outline)
 
     def fits(self, choice: Choice) -> bool:
         """Whether its skeleton stayed below the budget."""
@@ -136,7 +140,11 @@ class Solver:
 
     def at(self, target: str, slices: int) -> Choice:
         """The pruned file in which so many slices of neurons stay."""
-        recipe = replace(self.recipe, ratio=1 - slices / self._slices, target=target)
+        return self.cut(target, 1 - slices / self._slices)
+
+    def cut(self, target: str, ratio: float) -> Choice:
+        """The pruned file of which that share of routed-expert parameters goes; its memory is not measured."""
+        recipe = replace(self.recipe, ratio=ratio, target=target)
         plan = make_plan(self.source.stats, recipe)
         outline = pruned(self.base, plan, self._made_by(plan))
         if plan.encoded and not self.source.has_encoding(target):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,12 +18,17 @@ from types import TracebackType
 from typing import Any, Self
 
 from .errors import GgufToolError
-from .report import Report, Status
+from .report import Candidate, Report, Status
 from .report_files import publish
 from .workspace import Watch
 
 # What a run does that makes no file, in words.
-STAGES = {"measure": "perplexity and KL divergence", "check": "checks of what was measured"}
+STAGES = {
+    "budget": "what fits into the budget",
+    "weigh": "weighing the candidates",
+    "measure": "perplexity and KL divergence",
+    "check": "checks of what was measured",
+}
 
 
 class Journal:
@@ -71,10 +76,17 @@ class Journal:
         """Sections for `Report.facts`; they are in the report from the next stage on."""
         self.report = replace(self.report, facts={**self.report.facts, **sections})
 
+    def weighed(self, candidates: Sequence[Candidate], budget: Mapping[str, Any]) -> None:
+        """What was weighed by which budget; in the report from the next stage on."""
+        self.report = replace(self.report, candidates=candidates, budget=budget)
+
     def measured(self, report: Report) -> None:
         """The numbers are there. What else the journal knows is kept."""
         own = self.report
-        self.report = replace(report, status=own.status, facts={**own.facts, **report.facts})
+        self.report = replace(
+            report, status=own.status, facts={**own.facts, **report.facts},
+            candidates=report.candidates or own.candidates, budget=report.budget or own.budget,
+        )  # fmt: skip
 
     def finish(self) -> Report:
         """The run has come to its end, and is done if nothing is in it that cannot be right. Returns its report."""

@@ -18,6 +18,8 @@ from rich.text import Text
 from .report import megabytes
 
 STAGES = ("convert", "calibrate", "plan", "refit", "prune", "quantize", "measure", "check")
+# Of a run that was given a budget; "make" stands for what lies between calibrating and measuring.
+FIT_STAGES = ("convert", "budget", "calibrate", "weigh", "make", "measure", "check")
 PENDING, RUNNING, DONE, THERE, LEFT_OUT = "pending", "running", "done", "already there", "left out"
 _STYLES = {PENDING: "dim", RUNNING: "bold yellow", DONE: "green", THERE: "green", LEFT_OUT: "dim"}
 
@@ -40,17 +42,18 @@ class View:
 
     Args:
         title: the first line.
-        quant: what the run quantizes to.
+        quant: what the run quantizes to. fit: it was given a budget, and finds that out.
         columns: of the bar of the stage that runs.
         clock: seconds, for tests.
     """
 
     def __init__(
         self, title: str, quant: str | None, columns: Sequence[str | ProgressColumn],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, fit: bool = False,
     ) -> None:  # fmt: skip
         self._title, self._quant, self._clock = title, quant, clock
-        self._states = dict.fromkeys(STAGES, PENDING)
+        self._order = FIT_STAGES if fit else STAGES
+        self._states = dict.fromkeys(self._order, PENDING)
         self._started: dict[str, float] = {}
         self._took: dict[str, float] = {}
         self._files: dict[str, int] = {}
@@ -74,7 +77,9 @@ class View:
             self._enter(facts["name"])
         elif what == "step":
             stage = stage_of(facts["name"], self._quant)
-            self._enter(stage)
+            stage = stage if stage in self._states else "make"
+            if facts["state"] != "there" or self._states[stage] not in (DONE, THERE):  # a look back opens no stage anew
+                self._enter(stage)
             if facts["state"] == "there" and self._states[stage] == RUNNING and stage not in self._took:
                 self._states[stage] = THERE
             if facts["state"] in ("made", "there") and facts["name"].endswith(".gguf"):
@@ -82,12 +87,12 @@ class View:
 
     def finish(self) -> None:
         """Nothing runs any more."""
-        self._leave(STAGES)
+        self._leave(self._order)
 
     def _enter(self, stage: str) -> None:
         if self._states[stage] == RUNNING:
             return
-        self._leave(STAGES[: STAGES.index(stage)])
+        self._leave(self._order[: self._order.index(stage)])
         self._states[stage] = RUNNING
         self._started.setdefault(stage, self._clock())
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from .gguf_file import GgufFile
-from .report import Report, markdown_table, megabytes
+from .report import Report, Row, markdown_table, megabytes
 
 # By this a card of ours is told from a file that somebody else put there.
 MARK = "<!-- model card by gguftool -->"
@@ -61,7 +61,8 @@ def front_matter(report: Report) -> dict[str, Any]:
     if card.get("quantized_by"):
         found["quantized_by"] = card["quantized_by"]
     found |= {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
-    tags = ["gguf", "moe", "mixture-of-experts", "pruned", "expert-pruning", "gguftool", card["arch"], card["encoding"]]
+    pruned = ["pruned", "expert-pruning"] if report.main and report.main.method != "none" else []
+    tags = ["gguf", "moe", "mixture-of-experts", *pruned, "gguftool", card["arch"], card["encoding"]]
     return found | {"library_name": "gguf", "pipeline_tag": "text-generation", "tags": [tag for tag in tags if tag]}
 
 
@@ -72,8 +73,6 @@ def model_card(report: Report) -> str:
         return f"{MARK}\n\n# {_line(report.model)}\n\nThere is no finished model here. {_line(str(report.status))}\n"
     card = report.facts["card"]
     head, rows = report.cells(short=False)
-    experts = report.facts.get("experts", {})
-    gone = 100 * (1 - experts.get("kept_share", 1 - row.ratio))
     base = (
         f"[{card['base_model']}](https://huggingface.co/{card['base_model']})"
         if card.get("base_model")
@@ -82,8 +81,8 @@ def model_card(report: Report) -> str:
     lines = [
         "---", yaml.safe_dump(front_matter(report), sort_keys=False, allow_unicode=True).rstrip(), "---", MARK, "",
         f"# {_line(Path(card['file']).stem)}", "",
-        f"{base} with {gone:.1f} % of its routed experts' parameters removed by gguftool, method "
-        f"`{_code(row.method)}`: {megabytes(row.bytes)}, {100 * row.bytes / report.base_bytes:.1f} % of the original.", "",
+        f"{base} {_done_to_it(report, row)}: {megabytes(row.bytes)}, {100 * row.bytes / report.base_bytes:.1f} % of the "
+        "original.", "",
         *([] if card.get("base_model") else [
             "<!-- The hub wants to know the base model: gguftool report FOLDER --base-model OWNER/NAME -->", "",
         ]),
@@ -92,6 +91,13 @@ def model_card(report: Report) -> str:
         "## Limits", "", *_limits(report),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _done_to_it(report: Report, row: Row) -> str:
+    if row.method == "none":
+        return f"quantized to {_line(row.encoding)} by gguftool, nothing pruned"
+    gone = 100 * (1 - report.facts.get("experts", {}).get("kept_share", 1 - row.ratio))
+    return f"with {gone:.1f} % of its routed experts' parameters removed by gguftool, method `{_code(row.method)}`"
 
 
 def _how_to_run(card: dict[str, Any]) -> list[str]:
@@ -111,7 +117,7 @@ def _how_to_run(card: dict[str, Any]) -> list[str]:
 
 def _made(report: Report) -> list[str]:
     facts = report.facts
-    lines = []
+    lines = [f"- {_line(name)}: {_line(str(value))}" for name, value in (report.budget or {}).items()]
     if "experts" in facts:
         lines.append(f"- saliency: {_line(facts['experts']['criterion'])}")
     if "model" in facts:
@@ -131,6 +137,7 @@ def _made(report: Report) -> list[str]:
 
 
 PROGRAMS = ("gguftool", "llama.cpp")
+REMOVED = "What was removed is gone for every text; on texts unlike the calibration data the loss may be far larger."
 
 
 def short_command(command: str) -> str:
@@ -146,7 +153,7 @@ def short_command(command: str) -> str:
 
 def _limits(report: Report) -> list[str]:
     known = [
-        "What was removed is gone for every text; on texts unlike the calibration data the loss may be far larger.",
+        *([] if report.main and report.main.method == "none" else [REMOVED]),
         "Perplexity and KL divergence on these texts are all that was measured: no benchmark, no safety, no long context.",
     ]
     return [f"- {_line(note)}" for note in (*known, *report.notes)]

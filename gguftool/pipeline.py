@@ -159,7 +159,7 @@ def quantize_base(job: Job, work: Workspace, source: Prepared, target: str) -> B
         },
         lambda path: _quantize(job, source, base, target, path),
     )
-    return Built(f"unpruned {target}", None, target, path)
+    return Built(f"unpruned {target}", None, target, path, source.again(target))
 
 
 def _prune(job: Job, base: Path, plan: PrunePlan, weights: Overrides | None, out: Path) -> None:
@@ -217,8 +217,9 @@ def _compared(
 
 @dataclass(frozen=True)
 class Produced:
-    """What a recipe led to, before it is measured: `built` first, then what it is compared with; `files` are the names of all
-    that was made, `notes` what a reader of the report must know."""
+    """What a recipe led to, before it is measured: `built`, which is unpruned or the original itself where that was the best
+    for a budget, and the unpruned `rivals` that it is compared with; `files` are the names of all that was made, `notes` what a
+    reader of the report must know."""
 
     work: Workspace
     source: Prepared
@@ -246,16 +247,25 @@ def produce(
     if journal is not None:
         journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built = build(job, work, source, recipe, refit=refit)
-    quantized = target is not None and target not in encoding.FLOATS and not source.has_encoding(target)
-    rivals = [quantize_base(job, work, source, target)] if target and quantized else []
+    rivals = [quantize_base(job, work, source, target)] if target and is_quantized(source, target) else []
     assert built.plan is not None
-    notes = [built.plan.formula, *built.plan.notes, *built.notes]
-    notes += [] if dry else coverage(source.stats).notes()
+    notes = [*what_to_know(source, built), *([] if dry else coverage(source.stats).notes())]
     if journal is not None:
         journal.learn(experts=expert_facts(source.stats, built.plan))
+    return Produced(work, source, built, rivals, notes)
+
+
+def is_quantized(source: Prepared, target: str) -> bool:
+    """Whether a file of that type is quantized, and not cut from the original as it is."""
+    return target not in encoding.FLOATS and not source.has_encoding(target)
+
+
+def what_to_know(source: Prepared, built: Built) -> list[str]:
+    """What a reader of a report on `built` must know of it."""
+    notes = [*([built.plan.formula, *built.plan.notes] if built.plan else []), *built.notes]
     if isinstance(source.model, GgufModel) and source.model.is_quantized:
         notes.append(f"the original here is {source.encoding} itself: what that had cost before is in no number")
-    return Produced(work, source, built, rivals, notes)
+    return notes
 
 
 def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report:
@@ -276,7 +286,7 @@ def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report
     verified = Verified(hashes(made.work.folder, made.files, job.progress), faults)
     verified.save(made.work.folder)
     journal.measured(replace(report, failures=tuple(faults)))
-    tried = [Tried(item.label, item.path, item.plan) for item in models]
+    tried = [Tried(item.label, item.path, item.plan) for item in models if item.path != made.source.base]
     add_extras(journal, job, made.source.base, tried, extras, verified.files)
     return journal.finish()
 
@@ -284,10 +294,12 @@ def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report
 def far_from_plan(job: Job, made: Produced) -> list[str]:
     """Calibration texts on which the model that was made is farther from the original than its plan explains.
 
-    The evaluation texts may be far from calibration, of which a plan knows nothing; these are what it was made for.
+    The evaluation texts may be far from calibration, of which a plan knows nothing; these are what it was made for. Without a
+    plan there is nothing to explain.
     """
     plan, stats, base = made.built.plan, made.source.stats, made.source.base
-    assert plan is not None
+    if plan is None:
+        return []
     models, texts = [made.built, *made.rivals], {}
     for source, (_, windows) in zip(map(as_source, job.calibration), made.source.domains, strict=True):
         if len(windows) < 2:
@@ -296,7 +308,8 @@ def far_from_plan(job: Job, made: Produced) -> list[str]:
         texts[f"{source.name} (calibration)"] = [
             one.as_dict() for one in _compared(job, base, models, text, special, CHECKED_WINDOWS)
         ]
-    quantized = {name: float(rows[1]["kld"]["mean"]) for name, rows in texts.items() if made.rivals}
+    alike = [index for index, item in enumerate(models) if index and item.encoding == made.built.encoding]
+    quantized = {name: float(rows[index]["kld"]["mean"]) for name, rows in texts.items() for index in alike}
     expected = [Expected(made.built.label, noise(stats, plan), quantized)]
     expected += [Expected(item.label, None) for item in made.rivals]
     return list(failures(texts, expected, stats.model.n_vocab))

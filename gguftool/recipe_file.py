@@ -29,6 +29,8 @@ SHIPPED = Path(__file__).parent / "recipes"
 NAME = "recipe.toml"
 REFITS = ("plain", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Tokens of the context that `fit` counts.
+FIT_CTX = 8192
 BACKENDS = ("auto", "cpu", "cuda", "metal", "vulkan")
 # What a Recipe takes over as it is; `quant` is its target.
 _PRUNING = (
@@ -40,6 +42,21 @@ _OTHER_NAMES = {"keep": "ratio (1 - keep)", "target": "quant", "n_ctx": "ctx", "
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a budget led to: the best file that fits.
+
+    Attributes:
+        quant: its type.
+        ratio: share of routed-expert parameters that goes; None for the unpruned model.
+        beside: types of the unpruned files that it is compared with.
+    """
+
+    quant: str
+    ratio: float | None = None
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Made:
     """What a run met that a recipe does not choose.
 
@@ -48,6 +65,7 @@ class Made:
         threads: of torch: sums in another order round differently.
         model: the checkpoint's (or GGUF's) fingerprint.
         inputs: sha256 by path of every text.
+        found: of a run that was given a budget, what was chosen; made again is that, without weighing anew.
     """
 
     gguftool: str
@@ -56,6 +74,7 @@ class Made:
     threads: int
     model: str
     inputs: Mapping[str, str] = field(default_factory=dict)
+    found: Found | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,14 @@ class RunRecipe:
             raise GgufToolError("fit finds the ratio; leave ratio (--ratio, --keep) out")
         # A Recipe checks the rest; where the ratio is still open, any will do.
         self._recipe(0.0 if self.ratio is None else self.ratio)
+
+    def changed(self, given: Mapping[str, Any]) -> RunRecipe:
+        """With other values. A ratio takes the place of a budget, and the other way round."""
+        if given.get("fit") is not None:
+            given = {"ratio": None, **given}
+        elif given.get("ratio") is not None:
+            given = {"fit": None, "fit_ctx": None, **given}
+        return replace(self, **given)
 
     def _recipe(self, ratio: float) -> Recipe:
         return Recipe(ratio=ratio, target=self.quant, **{name: getattr(self, name) for name in _PRUNING})
@@ -222,14 +249,24 @@ def _near(key: str, known: list[str]) -> str:
 
 def _made(value: Any) -> Made:
     kinds = {**dict.fromkeys(("gguftool", "llama_cpp", "runtime", "model"), str), "threads": int, "inputs": dict}
-    if not isinstance(value, dict) or set(value) != set(kinds):
+    if not isinstance(value, dict) or set(value) - {"found"} != set(kinds):
         raise TypeError(f"the table that compress writes, with {', '.join(sorted(kinds))}")
     for key, kind in kinds.items():
         if type(value[key]) is not kind:
             raise TypeError(f"the table that compress writes, and its {key} is none of its own")
     if not all(isinstance(sha, str) for sha in value["inputs"].values()):
         raise TypeError("the table that compress writes, and its inputs are sha256 by path")
-    return Made(**value)
+    return Made(**{**value, "found": _found(value["found"])} if "found" in value else value)
+
+
+def _found(value: Any) -> Found:
+    kinds = {"quant": str, "ratio": float, "beside": list}
+    if not isinstance(value, dict) or not {"quant", "beside"} <= set(value) <= set(kinds):
+        raise TypeError("the table that compress writes, and its found has not quant, beside and perhaps ratio")
+    beside = value["beside"]
+    if any(type(value[key]) is not kinds[key] for key in value) or not all(isinstance(one, str) for one in beside):
+        raise TypeError("the table that compress writes, and its found is none of its own")
+    return Found(value["quant"], value.get("ratio"), tuple(beside))
 
 
 def load(path: Path) -> RunRecipe:
@@ -267,7 +304,10 @@ def dumps(recipe: RunRecipe) -> str:
     if recipe.made is not None:
         made = vars(recipe.made)
         lines += ["", "[made]"]
-        lines += [f"{key} = {_toml(value)}" for key, value in made.items() if key != "inputs"]
+        lines += [f"{key} = {_toml(value)}" for key, value in made.items() if key not in ("inputs", "found")]
+        if recipe.made.found is not None:
+            found = {key: value for key, value in vars(recipe.made.found).items() if value is not None}
+            lines += ["", "[made.found]", *(f"{key} = {_toml(value)}" for key, value in found.items())]
         lines += ["", "[made.inputs]"]
         lines += [f"{_toml(key)} = {_toml(value)}" for key, value in recipe.made.inputs.items()]
     return "\n".join(lines) + "\n"

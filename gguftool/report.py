@@ -39,7 +39,7 @@ class Candidate:
     """One way to reach a goal that was weighed against others, whether or not it was taken.
 
     Attributes:
-        bytes: size of its file.
+        bytes: size of its file. need: memory that running it takes; None where that was not measured.
         texts: KL divergence by text as far as it was measured: {"mean", "err"}.
         chosen: whether it is the one that was made. why: the reason, in words.
     """
@@ -49,6 +49,7 @@ class Candidate:
     texts: Mapping[str, Mapping[str, float]]
     chosen: bool = False
     why: str = ""
+    need: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ class Report:
 
     @property
     def main(self) -> Row | None:
-        """The row that all of the report is about: the first one, if no other one is pruned; None of a comparison of many."""
-        pruned = [row for row in self.rows if row.method != "none"]
-        return pruned[0] if len(pruned) == 1 and pruned[0] is self.rows[0] else None
+        """The row that all of the report is about: the only pruned one, if it stands first, or the only one at all;
+        None of a comparison of many."""
+        found = [row for row in self.rows if row.method != "none"] or list(self.rows)
+        return found[0] if len(found) == 1 and found[0] is self.rows[0] else None
 
     failures: Sequence[str] = ()
 
@@ -185,6 +187,19 @@ class Report:
             cells += [] if short else [f"{100 * value['same_top']:.1f} %"]
         return cells
 
+    def weighed(self) -> tuple[list[str], list[list[str]]]:
+        """The candidates: head and rows, in their order; the last column says why."""
+        names = list(dict.fromkeys(name for item in self.candidates for name in item.texts))
+        needs = any(item.need is not None for item in self.candidates)
+        head = ["candidate", "size", *(["needs"] if needs else []), *(f"KL, {name}" for name in names), "", "why"]
+        rows = []
+        for item in self.candidates:
+            need = [] if not needs else ["" if item.need is None else megabytes(item.need)]
+            kls = [item.texts.get(name) for name in names]
+            cells = ["" if kl is None else f"{kl['mean']:.5f} ± {kl.get('err', 0.0):.5f}" for kl in kls]
+            rows.append([item.label, megabytes(item.bytes), *need, *cells, "taken" if item.chosen else "", item.why])
+        return head, rows
+
     def table(self) -> Table:
         """The report as a table for the terminal."""
         head, rows = self.cells(short=True)
@@ -206,6 +221,10 @@ class Report:
             lines += [*markdown_table(head, rows), "", self.protocol, ""]
         lines += [f"**Not done, this cannot be right:** {failure}" for failure in self.failures]
         lines += [f"- {note}" for note in self.notes]
+        if self.candidates or self.budget:
+            budget = (self.budget or {}).items()
+            lines += ["", "## What was weighed", "", *(f"- {name}: {value}" for name, value in budget)]
+            lines += ["", *markdown_table(*self.weighed())] if self.candidates else []
         return "\n".join(lines) + "\n"
 
 

@@ -61,7 +61,7 @@ def _sections(report: Report) -> Sequence[tuple[str, str, str]]:
 
 def _title(report: Report) -> str:
     state = "" if report.status.done else f" ({report.status.state})"
-    return f"{report.model}: what pruning cost{state}"
+    return f"{report.model}: what it cost{state}"
 
 
 def _style() -> str:

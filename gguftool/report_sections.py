@@ -23,6 +23,8 @@ def header(report: Report) -> str:
     words = f"Run of {report.status.started}" if report.status.started else ""
     if report.rows and report.main is None:
         words = f"{len(report.rows)} models beside the original"
+    elif report.main is not None and report.main.method == "none":
+        words = f"Nothing was pruned: {report.main.label} is the best that fits"
     elif experts:
         gone = 100 * (1 - experts["kept_share"])
         words = f"Pruned by {experts['method']}: {gone:.1f} % of the routed experts' parameters are gone" + (
@@ -144,8 +146,8 @@ def _bar(row: Row, value: float, error: float, words: str) -> charts.Bar:
 
 def spread(report: Report) -> str:
     """The histogram of each text: the first row's, and the first unpruned one's beside it."""
-    rows = [row for row in report.rows if row.method != "none"][:1] if report.main else []
-    rows += [row for row in report.rows if row.method == "none"][:1] if rows else []
+    main = report.main
+    rows = [main, *(row for row in report.rows if row.method == "none" and row is not main)][:2] if main else []
     drawn = []
     for name in report.base:
         series = [
@@ -273,17 +275,8 @@ def candidates(report: Report) -> str:
     if not report.candidates and not report.budget:
         return ""
     budget = "".join(f"<li>{escape(name)}: {escape(value)}</li>" for name, value in (report.budget or {}).items())
-    names = list(dict.fromkeys(name for item in report.candidates for name in item.texts))
-    rows = [
-        [
-            item.label, megabytes(item.bytes),
-            *(f"{item.texts[n]['mean']:.5f} ± {item.texts[n].get('err', 0.0):.5f}" if n in item.texts else "" for n in names),
-            "taken" if item.chosen else "", item.why,
-        ]
-        for item in report.candidates
-    ]  # fmt: skip
+    head, rows = report.weighed()
     chosen = next((i for i, item in enumerate(report.candidates) if item.chosen), None)
-    head = ["candidate", "size", *(f"KL, {name}" for name in names), "", "why"]
     listed = table(head, rows, left=(0, len(head) - 1), wrap=(len(head) - 1,), main=chosen) if rows else ""
     return (f'<ul class="plain">{budget}</ul>' if budget else "") + listed
 

@@ -1,4 +1,4 @@
-"""A recipe carried out, and carried out again to see whether the same comes of it."""
+"""A recipe carried out, with a ratio or for a budget, and carried out again to see whether the same comes of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from . import __version__, runtime
 from .checkpoint import open_checkpoint
 from .errors import GgufToolError
 from .extras import ALL, Extras
+from .fit import TARGETS, Ask
+from .fit_run import produce_fitting, produce_found
 from .gguf_file import Progress
 from .gguf_model import is_gguf, open_gguf
 from .journal import Journal
@@ -20,7 +22,7 @@ from .pipeline import Produced, assess, produce
 from .planner import make_plan
 from .prepare import Job
 from .recipe import Recipe
-from .recipe_file import NAME, Made, RunRecipe, load, save
+from .recipe_file import FIT_CTX, NAME, Found, Made, RunRecipe, load, save
 from .report import Report
 from .sources import files
 from .verification import Verified, differences, hashes, sha256
@@ -48,13 +50,17 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears(), extras: Extras 
     """
     if not recipe.eval:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
-    job = job_of(recipe, ears)
-    pruning = recipe.pruning
+    ask, job, pruning = ask_of(recipe), job_of(recipe, ears), recipe.pruning
     for line in changed_inputs(recipe):
         ears.say(f"note: {line}")
     with Journal(out, job.model.name) as journal:
-        made = produce(job, out, pruning, ears.say, refit=recipe.refit or "", journal=journal)
-        save(replace(recipe, made=what_it_met(recipe, job, made)), out / NAME, HEAD)
+        found = None
+        if ask is None:
+            made = produce(job, out, pruning, ears.say, refit=recipe.refit or "", journal=journal)
+        else:
+            made, found = produce_fitting(job, out, ask, ears.say, journal)
+            recipe = replace(recipe, fit_ctx=ask.ctx)
+        save(replace(recipe, made=what_it_met(recipe, job, made, found)), out / NAME, HEAD)
         return assess(job, made, journal, extras)
 
 
@@ -121,6 +127,18 @@ def job_of(recipe: RunRecipe, ears: Ears) -> Job:
     )  # fmt: skip
 
 
+def ask_of(recipe: RunRecipe) -> Ask | None:
+    """What the recipe asks of `fit`; None where it names a ratio. Raises GgufToolError for a budget that is no size."""
+    if recipe.fit is None:
+        return None
+    try:
+        budget = parse_bytes(recipe.fit)
+    except GgufToolError as error:
+        raise GgufToolError(f"fit: {error}") from error
+    targets = (recipe.quant,) if recipe.quant else TARGETS
+    return Ask(budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "")
+
+
 def fingerprint_of(recipe: RunRecipe) -> str:
     """The model's fingerprint, as it is now."""
     if recipe.model is None:
@@ -133,7 +151,7 @@ def texts_of(recipe: RunRecipe) -> list[Path]:
     return list(dict.fromkeys(path.absolute() for path in (*files(recipe.data), *recipe.eval)))
 
 
-def what_it_met(recipe: RunRecipe, job: Job, made: Produced) -> Made:
+def what_it_met(recipe: RunRecipe, job: Job, made: Produced, found: Found | None = None) -> Made:
     """Versions and fingerprints of this run."""
     return Made(
         gguftool=__version__,
@@ -142,6 +160,7 @@ def what_it_met(recipe: RunRecipe, job: Job, made: Produced) -> Made:
         threads=torch.get_num_threads(),
         model=made.source.model.fingerprint,
         inputs={str(path): sha256(path) for path in texts_of(recipe)},
+        found=found,
     )
 
 
@@ -170,11 +189,17 @@ def replay(folder: Path, scratch: Path, ears: Ears = Ears()) -> list[str]:
         raise GgufToolError(f"{folder}: cannot be made again: {'; '.join(changed)}")
     if (model := fingerprint_of(recipe)) != recipe.made.model:
         raise GgufToolError(f"{recipe.model} is not the model that it was: {model[:12]} for {recipe.made.model[:12]}")
+    ask, choice = ask_of(recipe), recipe.made.found
+    if (ask is None) != (choice is None):
+        raise GgufToolError(f"{folder / NAME}: fit and the table [made.found] belong together; run compress again")
     job = job_of(recipe, ears)
     now = torch.get_num_threads()
     torch.set_num_threads(recipe.made.threads)
     try:
-        made = produce(job, scratch, recipe.pruning, ears.say, refit=recipe.refit or "")
+        if ask is None or choice is None:
+            made = produce(job, scratch, recipe.pruning, ears.say, refit=recipe.refit or "")
+        else:
+            made = produce_found(job, scratch, ask, choice, ears.say)
     finally:
         torch.set_num_threads(now)
     found = differences(was.files, hashes(scratch, made.files, ears.progress))

@@ -74,8 +74,9 @@ class Terminal:
             yield update
 
     @contextmanager
-    def live(self, title: str, quant: str | None) -> Iterator[tuple[Update, Watch]]:
-        """The live view of a run on stderr: gives what takes (done, total, text) and what is told of steps and measurements.
+    def live(self, title: str, quant: str | None, fit: bool = False) -> Iterator[tuple[Update, Watch]]:
+        """The live view of a run on stderr, `fit` where it has a budget: gives what takes (done, total, text) and what is told of
+        steps and measurements.
 
         Where stderr is no terminal, or --quiet, it is `progress`: plain lines, or none.
         """
@@ -83,7 +84,7 @@ class Terminal:
             with self.progress() as progress:
                 yield progress, lambda _what, _facts: None
             return
-        view = View(title, quant, _columns())
+        view = View(title, quant, _columns(), fit=fit)
         with shown(view, self.err):
             yield view.progress, view.watch
 

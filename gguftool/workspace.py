@@ -19,7 +19,7 @@ from .durable import flush, hold, release, stated, write_text
 from .errors import GgufToolError
 
 Say = Callable[[str], None]
-# What happens, with facts: "step" (name, path, state: making, made or there), "stage" (name: measure or
+# What happens, with facts: "step" (name, path, state: making, made or there), "stage" (name: budget, weigh, measure or
 # check), "measured" (text, models: pairs of a label and `Comparison.as_dict()`).
 Watch = Callable[[str, Mapping[str, Any]], None]
 BEING_MADE = "being made"

@@ -78,6 +78,31 @@ def test_stages_follow_each_other(tmp_path):
     assert states(view)["check"] == "done" and "running" not in drawn(view) and "auto 40 %" not in drawn(view)
 
 
+def test_a_run_with_a_budget_has_stages_of_its_own(tmp_path):
+    now = [0.0]
+    view = View("model -> out", None, ["{task.description}"], clock=lambda: now[0], fit=True)
+
+    def step(name, *what):
+        (tmp_path / name).write_bytes(b"x")
+        for state in what:
+            view.watch("step", {"name": name, "state": state, "path": tmp_path / name})
+
+    step("base.gguf", "making", "made")
+    view.watch("stage", {"name": "budget"})
+    now[0] = 5
+    step("base.gguf", "there")  # looked up again in front of calibrating
+    assert states(view)["convert"] == "done" and states(view)["budget"] == "running"
+    step("stats.safetensors", "making", "made")
+    view.watch("stage", {"name": "weigh"})
+    step("m-Q8_0.gguf", "making", "made")
+    step("m-Q8_0.plan.json", "making", "made")
+    assert list(states(view).items()) == [
+        ("convert", "done"), ("budget", "done"), ("calibrate", "done"), ("weigh", "done"), ("make", "running"),
+        ("measure", "pending"), ("check", "pending"),
+    ]  # fmt: skip
+    assert re.search(r"convert +done +0:00:00", drawn(view))
+
+
 def test_an_error_gives_the_cursor_back(tmp_path):
     path = tmp_path / "screen"
     with open(path, "w") as screen, pytest.raises(KeyboardInterrupt):

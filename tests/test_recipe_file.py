@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguftool.errors import GgufToolError
-from gguftool.recipe_file import Made, RunRecipe, dumps, find, load, loads, save, shipped
+from gguftool.recipe_file import Found, Made, RunRecipe, dumps, find, load, loads, save, shipped
 from gguftool.sources import Source, parse_source, spell
 
 WHOLE = RunRecipe(
@@ -29,6 +29,19 @@ WHOLE = RunRecipe(
 def test_what_is_written_is_read_again():
     assert loads(dumps(WHOLE), Path("/elsewhere")) == WHOLE
     assert loads(dumps(RunRecipe()), Path("/elsewhere")) == RunRecipe()
+    for found in (Found("Q4_K_M", 0.31400000000000006, ("Q4_K_M", "Q2_K")), Found("Q8_0")):
+        fitted = replace(WHOLE, ratio=None, fit="12GiB", fit_ctx=4096, made=replace(WHOLE.made, found=found))
+        assert loads(dumps(fitted), Path("/elsewhere")) == fitted
+
+
+def test_a_ratio_and_a_budget_take_each_others_place():
+    asked = RunRecipe(fit="1GiB", fit_ctx=64)
+    assert asked.changed({"ratio": 0.4}) == RunRecipe(ratio=0.4)
+    assert asked.changed({"quant": "Q8_0"}) == replace(asked, quant="Q8_0")
+    assert RunRecipe(ratio=0.4).changed({"fit": "1GiB"}) == RunRecipe(fit="1GiB")
+    assert asked.changed({"fit": None, "ratio": 0.4}).fit is None
+    with pytest.raises(GgufToolError, match="fit finds the ratio"):
+        asked.changed({"fit": "2GiB", "ratio": 0.4})
 
 
 def test_every_value_differs_from_its_default_above():
@@ -133,6 +146,23 @@ def test_a_table_of_another_hand_is_refused(change):
     assert loads(dumps(RunRecipe(made=made)), Path("/")).made == made
     with pytest.raises(GgufToolError, match="compress writes"):
         loads(dumps(RunRecipe(made=replace(made, **change))), Path("/"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "found = 3",
+        "[made.found]\nbeside = []",
+        "[made.found]\nquant = 4\nbeside = []",
+        '[made.found]\nquant = "Q8_0"\nbeside = [8]',
+        '[made.found]\nquant = "Q8_0"\nbeside = []\nratio = "0.4"',
+        '[made.found]\nquant = "Q8_0"\nbeside = []\nmethod = "auto"',
+    ],
+)
+def test_what_was_found_is_refused_from_another_hand(text):
+    made = dumps(RunRecipe(made=Made("1", "2", "r", 2, "ab"))).replace("\n[made.inputs]\n", f"{text}\n[made.inputs]\n")
+    with pytest.raises(GgufToolError, match="compress writes, and its found"):
+        loads(made, Path("/"))
 
 
 def test_files_that_are_none(tmp_path):

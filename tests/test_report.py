@@ -276,6 +276,55 @@ def test_a_report_follows_its_run_and_says_how_it_ended(tmp_path):
     assert states(tmp_path)[0] == "done" and "Running" not in states(tmp_path)[1] and "calibrated" in report.facts
 
 
+def unpruned_report() -> Report:
+    """Of a budget for which the unpruned model was the best."""
+    report = make_report(candidates=2)
+    facts = {name: value for name, value in report.facts.items() if name not in ("experts", "routing")}
+    return replace(report, rows=[replace(report.rows[1], method="none")], facts=facts)
+
+
+def test_a_report_may_be_about_an_unpruned_model():
+    report = unpruned_report()
+    page = render(report)
+    assert report.main is report.rows[0] and 'class="tiles"' in page and 'id="spread"' in page
+    assert "Nothing was pruned: unpruned 1 is the best that fits" in page and "beside the original" not in page
+    card = model_card(report)
+    assert "quantized to Q4_K_M by gguftool, nothing pruned: 0.00 MB" in card and "What was removed" not in card
+    assert not {"pruned", "expert-pruning"} & set(front_matter(report)["tags"])
+    assert {"pruned", "expert-pruning"} < set(front_matter(make_report())["tags"])
+    two = replace(report, rows=[*report.rows, *report.rows])
+    assert two.main is None and "2 models beside the original" in render(two)
+
+
+def test_candidates_are_shown_alike_everywhere():
+    report = make_report(candidates=2)
+    head, rows = report.weighed()
+    assert head == ["candidate", "size", "KL, code", "KL, prose", "", "why"]
+    assert rows[1] == ["candidate 1", "0.00 MB", "0.15000 ± 0.01000", "0.15000 ± 0.01000", "taken", "why"]
+    first = replace(report.candidates[0], need=2_000_000, texts={"prose": {"mean": 0.5}})
+    report = replace(report, candidates=[first, report.candidates[1]])
+    head, rows = report.weighed()
+    assert head[2] == "needs" and rows[0][2:5] == ["2.00 MB", "", "0.50000 ± 0.00000"] and rows[1][2] == ""
+    page, markdown = render(report), report.markdown()
+    for cell in (*head, *rows[0]):
+        assert cell in page and cell in markdown
+    assert "- size: 500 MB" in markdown and "- size: 500 MB" in model_card(report)
+    assert "What was weighed" not in make_report().markdown()
+
+
+def test_what_was_weighed_outlives_the_measurement(tmp_path):
+    report = make_report(candidates=2)
+    with Journal(tmp_path, "model") as journal:
+        journal.begin()
+        journal.weighed(report.candidates, report.budget)
+        journal.stage("fit.json")
+        assert 'id="candidates"' in states(tmp_path)[1]
+        journal.measured(make_report())
+        found = journal.finish()
+    assert (found.candidates, found.budget) == (report.candidates, report.budget)
+    assert 'id="candidates"' in states(tmp_path)[1]
+
+
 @pytest.mark.parametrize(
     ("error", "state", "words"),
     [

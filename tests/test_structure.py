@@ -89,6 +89,7 @@ ROWS = [
     ({"fit_report", "fit_solve"}, {"rich"}),
     ({"fit_measure", "fit_choose"}, set()),
     ({"fit"}, set()),
+    ({"fit_run"}, set()),
     ({"runs"}, {"torch"}),
     ({"api"}, set()),
     ({"__init__"}, set()),
