@@ -129,6 +129,22 @@ def test_a_missing_shard(shards):
     assert f"{shard.name}: the shard is missing" in refusal(shards)
 
 
+@pytest.mark.parametrize(
+    "name", ["../elsewhere/model.safetensors", "elsewhere/model.safetensors", "absolute", "model.bin"]
+)
+def test_an_index_names_shards_beside_it_only(name, single, tmp_path):
+    """Refused by its name, though what it names is there and sound."""
+    for folder in (tmp_path / "elsewhere", single / "elsewhere"):
+        folder.mkdir()
+        shutil.copy(single / "model.safetensors", folder)
+    shutil.copy(single / "model.safetensors", single / "model.bin")
+    name = str(tmp_path / "elsewhere" / "model.safetensors") if name == "absolute" else name
+    assert (single / name).is_file()
+    map_ = dict.fromkeys(load_file(single / "model.safetensors"), name)
+    (single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map_}))
+    assert f"the shard {name[:80]!r} is no name of a .safetensors file" in refusal(single)
+
+
 def test_an_index_that_promises_more_than_there_is(shards):
     path = shards / "model.safetensors.index.json"
     index = json.loads(path.read_text())
