@@ -155,6 +155,15 @@ def test_an_index_that_promises_more_than_there_is(shards):
     assert "not a safetensors index" in refusal(shards)
 
 
+def test_a_tensor_in_another_shard_than_the_index_says(shards):
+    path = shards / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name, own = next(iter(index["weight_map"].items()))
+    index["weight_map"][name] = next(shard for shard in index["weight_map"].values() if shard != own)
+    path.write_text(json.dumps(index))
+    assert f"{own}: {name} is not there according to {path.name}" in refusal(shards)
+
+
 def test_a_missing_expert_is_found_on_opening(single):
     edit_tensors(single, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
     assert "lacks tensor model.layers.1.mlp.experts.3.up_proj.weight" in refusal(single)

@@ -313,6 +313,16 @@ HEADERS: dict[str, Callable[[dict, str], object]] = {
         dtype="I64" if header[name]["dtype"] == "F64" else "I32"
     ),
     "a tensor missing": lambda header, name: header.pop(name),
+    "a type of another size": lambda header, name: header[name].update(
+        dtype="F16" if header[name]["dtype"] == "F32" else "F32"
+    ),
+    "a shape of fractions": lambda header, name: header[name].update(shape=[float(n) for n in header[name]["shape"]]),
+    "offsets of fractions": lambda header, name: header[name].update(
+        data_offsets=[float(n) for n in header[name]["data_offsets"]]
+    ),
+    "offsets before the data": lambda header, name: header[name].update(
+        data_offsets=[n - header[name]["data_offsets"][1] for n in header[name]["data_offsets"]]
+    ),
     "two tensors at one place": lambda header, name: header.update(twin=header[name]),
 }
 RAW = {
@@ -320,6 +330,7 @@ RAW = {
     "a length of 2^63": (b"{}", 2**63),
     "a length of 2^64 - 1": (b"{}", 2**64 - 1),
     "a length beyond the file": (b"{}", 1000),
+    "a length of 2^40": (b"{}", 2**40),
     "a length of 0": (b"", 0),
     "a header that is a list": (b"[]", None),
     "a header that is no JSON": (b"{{{{", None),
@@ -493,6 +504,9 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
         for name, change in HEADERS.items()
         if "gguftool" not in name and "facts" not in name
     },
+    "the shard: an expert at another's place": _shard(
+        lambda header, name: header[name].update(header[name.replace("experts.0", "experts.1")])
+    ),
     "an unknown family": _config(model_type="\x1b[31mx"),
     "2^40 layers": _config(num_hidden_layers=2**40),
     "1e300 layers": _config(num_hidden_layers=1e300),
@@ -571,6 +585,21 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     ),
 }
 
+# What a refusal says where a later guard would refuse the checkpoint too, but not with these words.
+CHECKPOINTS_SAY = {
+    "the shard: two tensors at one place": "overlap",
+    "the shard: a type of another size": "bytes, which is not",
+    "the shard: a shape of -1 and -1": "is no whole number",
+    "the shard: offsets before the data": "is no whole number",
+    "the shard: a length beyond the file": "truncated",
+    "no experts": " = 0, not a count",
+    "-1 experts": " = -1, not a count",
+    "no expert used": "num_experts_per_tok = 0, not a count",
+    "no neurons": "moe_intermediate_size = 0, not a count",
+    "no tokens": "vocab_size = 0, not a count",
+    "no layers": "num_hidden_layers = 0, not a count",
+}
+
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint(name, sound, tmp_path, monkeypatch, capsys):
@@ -588,7 +617,8 @@ def test_checkpoint(name, sound, tmp_path, monkeypatch, capsys):
         "-o",
         "OUT/x",
     ]
-    refuses(name, command, tmp_path, monkeypatch, capsys)
+    said = refuses(name, command, tmp_path, monkeypatch, capsys)
+    assert CHECKPOINTS_SAY.get(name, "") in said
 
 
 def test_truncated_at_every_byte(sound, tmp_path):
