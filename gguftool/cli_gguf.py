@@ -171,6 +171,7 @@ def inspect(path: Path, experts: bool, check: bool, as_json: bool, quiet: bool) 
     runtime = find() if check else None
     if runtime is not None and not faults:
         faults = [f"llama.cpp does not load it: {why}" for why in refusals(runtime, [path]) if why is not None]
+    view.file.check_unchanged()
     facts = view.as_dict() | ({"faults": faults} if check else {})
     terminal.show(facts, *inspection_tables(facts, experts))
     if faults:

@@ -72,10 +72,11 @@ def convert(
         if opened is not None and lacks_predictors(opened):
             command.append("--no-nextn")
         code, log = _run(command, environment, progress)
+        # First of all: where another program cuts off a file that the converter has mapped, the system ends it.
+        check_unchanged(inputs)
         if code:
             raise GgufToolError(_reason(model, code, log) + full(out))
         GgufFile(partial)
-        check_unchanged(inputs)
 
 
 def _opened(model: Path) -> Checkpoint | None:

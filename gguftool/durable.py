@@ -221,6 +221,11 @@ def _holder(handle: int) -> str:
     return f"process {pid} on {host} is writing it"
 
 
+def changed(path: Path) -> GgufToolError:
+    """What is said where another program wrote to an input while it was read."""
+    return GgufToolError(f"{path} was changed while it was read, so nothing was written; run it again")
+
+
 def check_unchanged(files: Mapping[Path, list[int]]) -> None:
     """Raises GgufToolError where an input has not the `identity` any more that it had when it was opened."""
     for path, before in files.items():
@@ -229,7 +234,7 @@ def check_unchanged(files: Mapping[Path, list[int]]) -> None:
         except OSError:
             same = False
         if not same:
-            raise GgufToolError(f"{path} was changed while it was read, so nothing was written; run it again")
+            raise changed(path)
 
 
 def note_saved(work_dir: Path, partial: Path) -> None:

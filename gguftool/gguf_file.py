@@ -37,7 +37,7 @@ class KeyValue:
 
 
 class GgufFile:
-    """A GGUF file, mapped and checked: every tensor lies inside it.
+    """A GGUF file, opened and checked: every tensor lies inside it. It stays open, and is read where it is asked for.
 
     Attributes:
         path: of the file.
@@ -140,9 +140,18 @@ class GgufFile:
         return self._offsets[name]
 
     def raw(self, spec: TensorSpec) -> Bytes:
-        """The mapped bytes of a tensor: uint8, the dimensions of `ne` reversed, the last one in bytes."""
-        flat = np.frombuffer(self._header.data, np.uint8, spec.nbytes, self._offsets[spec.name])
-        return flat.reshape(*reversed(spec.ne[1:]), row_bytes(spec.type, spec.ne[0], spec.name))
+        """The bytes of a tensor, read now: uint8, the dimensions of `ne` reversed, the last one in bytes."""
+        size = row_bytes(spec.type, spec.ne[0], spec.name)
+        return self.piece(spec, 0, spec.nbytes).reshape(*reversed(spec.ne[1:]), size)
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> Bytes:
+        """Some rows of a tensor that is seen as one matrix, read now: uint8 [stop - start, row bytes]."""
+        size = row_bytes(spec.type, spec.ne[0], spec.name)
+        return self.piece(spec, start * size, stop * size).reshape(stop - start, size)
+
+    def piece(self, spec: TensorSpec, start: int, stop: int) -> Bytes:
+        """Some bytes of a tensor, read now. Raises GgufToolError where the file does not have them any more."""
+        return self._header.read(self._offsets[spec.name] + start, stop - start)
 
     def ints(self, spec: TensorSpec) -> NDArray[np.int32]:
         """An I32 tensor, the dimensions of `ne` reversed."""

@@ -1,21 +1,24 @@
 """The header of a GGUF file, read without trust: every count, length and offset is compared with the file before it is used.
 
 Nothing is allocated by a number that the file claims. The rules are those of llama.cpp's ggml/src/gguf.cpp, so that what it
-refuses is refused here: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Values stay in the mapped file until they
-are asked for.
+refuses is refused here: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Values stay in the file until they
+are asked for. It is read and not mapped: where another program cuts off a mapped file, the system ends ours (SIGBUS).
 """
 
 from __future__ import annotations
 
-import mmap
 import struct
+import weakref
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .durable import changed
 from .errors import GgufToolError
 
 STRING, ARRAY = 8, 9
@@ -40,6 +43,8 @@ _ALIGNMENT = "general.alignment"
 _LEAST_ENTRY = 13
 # ggml.h: GGML_MAX_NAME, with its zero byte, and GGML_MAX_DIMS.
 _MAX_NAME, _MAX_DIMS = 64, 4
+# Read at once of what is taken in small pieces.
+_WINDOW = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Header:
     """A GGUF file's metadata and its list of tensors.
 
     Attributes:
-        data: the mapped file.
+        size: bytes of the file.
         fields: by key, in file order. tensors: in file order.
         alignment: of the tensors' offsets. start: byte at which the data begins.
     """
@@ -78,7 +83,9 @@ class Header:
     def __init__(self, path: Path) -> None:
         """Raises GgufToolError, one line, for a file that is missing, no GGUF, truncated or contradicts itself."""
         self.path = path
-        self.data, self.size = _map(path)
+        self._file, self.size = _open(path)
+        weakref.finalize(self, self._file.close)
+        self._window, self._window_start = b"", 0
         self.position = 0
         counts = self._counts()
         self.fields = self._fields(counts[1])
@@ -90,25 +97,50 @@ class Header:
         """The value of a key: a number, bool, string, or a list of them. Raises UnicodeDecodeError for strings not in UTF-8."""
         field = self.fields[key]
         if field.type != STRING:
-            values = np.frombuffer(self.data, SCALARS[field.type], field.count, field.start).tolist()
+            item = np.dtype(SCALARS[field.type])
+            values = np.frombuffer(self._bytes(field.start, field.count * item.itemsize), item).tolist()
             return values if field.is_array else values[0]
         strings, at = [], field.start
         for _ in range(field.count):
-            end = at + 8 + int.from_bytes(self.data[at : at + 8], "little")
-            strings.append(self.data[at + 8 : end].decode("utf-8"))
-            at = end
+            size = int.from_bytes(self._bytes(at, 8), "little")
+            strings.append(self._bytes(at + 8, size).decode("utf-8"))
+            at += 8 + size
         return strings if field.is_array else strings[0]
 
     def fail(self, text: str) -> GgufToolError:
         """The error that says what is wrong with this file."""
         return GgufToolError(f"{self.path}: {text}")
 
+    def read(self, start: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of the file, read now. Raises GgufToolError where it does not have them any more."""
+        found = np.empty(size, np.uint8)
+        left = found.data
+        try:
+            self._file.seek(start)
+            while left:
+                if not (got := self._file.readinto(left)):
+                    raise changed(self.path)
+                left = left[got:]
+        except OSError as error:
+            raise self.fail(f"cannot be read ({error})") from error
+        return found
+
+    def _bytes(self, start: int, size: int) -> bytes:
+        """The same for small pieces one behind the other, out of a window that is read at once."""
+        if size > self.size - start:  # every length was compared with the file before
+            raise changed(self.path)
+        at = start - self._window_start
+        if at < 0 or at + size > len(self._window):
+            wanted = min(max(size, _WINDOW), self.size - start)
+            self._window, self._window_start, at = self.read(start, wanted).tobytes(), start, 0
+        return self._window[at : at + size]
+
     def _counts(self) -> tuple[int, int]:
-        if self.data[:4] != b"GGUF":
+        if self._bytes(0, min(4, self.size)) != b"GGUF":
             raise self.fail("not a GGUF file")
         if self.size < 24:
             raise self.fail(f"truncated: {self.size} bytes")
-        version, n_tensors, n_kv = struct.unpack("<IQQ", self.data[4:24])
+        version, n_tensors, n_kv = struct.unpack("<IQQ", self._bytes(4, 20))
         if version & 0xFFFF == 0 and version:
             raise self.fail(
                 "a big-endian GGUF; gguftool reads little-endian ones, gguf-convert-endian turns one into the other"
@@ -132,13 +164,13 @@ class Header:
 
     def _number(self, size: int, what: str) -> int:
         start = self._take(size, what)
-        return int.from_bytes(self.data[start : start + size], "little")
+        return int.from_bytes(self._bytes(start, size), "little")
 
     def _string(self, what: str) -> str:
         size = self._number(8, what)
         start = self._take(size, what)
         try:
-            return self.data[start : start + size].decode("utf-8")
+            return self._bytes(start, size).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.fail(f"damaged: {what} at byte {start} is no UTF-8") from error
 
@@ -201,13 +233,12 @@ class Header:
         return int(value)
 
 
-def _map(path: Path) -> tuple[mmap.mmap | bytes, int]:
-    """The mapped file and its size."""
+def _open(path: Path) -> tuple[FileIO, int]:
+    """The opened file and its size."""
     if not path.is_file():
         raise GgufToolError(f"{path}: no such file")
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            return (mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""), size
-    except (OSError, ValueError) as error:
+        file = path.open("rb", buffering=0)
+        return file, file.seek(0, 2)
+    except OSError as error:
         raise GgufToolError(f"{path}: cannot be read ({error})") from error

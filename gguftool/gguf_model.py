@@ -85,7 +85,8 @@ class GgufModel:
     def down(self, layer: int, expert: int, ggml: Path) -> Tensor:
         """The down projection of an expert, float32 [d, K]. `ggml` is the library that reads quantized rows."""
         spec = self._spec(f"blk.{layer}.ffn_down_exps.weight")
-        return torch.from_numpy(dequantize_rows(self.file.raw(spec)[expert], spec.type, ggml))
+        rows = self.file.rows(spec, expert * spec.ne[1], (expert + 1) * spec.ne[1])
+        return torch.from_numpy(dequantize_rows(rows, spec.type, ggml))
 
     def router(self, layer: int, ggml: Path) -> Tensor:
         """A layer's router, float32 [E, d]. Raises GgufToolError where it has none of its own."""
@@ -151,8 +152,7 @@ def fingerprint(file: GgufFile) -> str:
     with file.path.open("rb") as stream:
         digest = hashlib.sha256(stream.read(file.data_start))
     for spec in sorted(file.tensors, key=lambda spec: spec.name):
-        raw = file.raw(spec).reshape(-1)
         digest.update(json.dumps([spec.name, spec.type, spec.ne]).encode())
-        for start, end in pieces(raw.nbytes):
-            digest.update(raw[start:end].tobytes())
+        for start, end in pieces(spec.nbytes):
+            digest.update(file.piece(spec, start, end).data)
     return OWN + digest.hexdigest()

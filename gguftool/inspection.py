@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import gguf
@@ -305,10 +306,10 @@ def _check_data(file: GgufFile) -> Iterator[str]:
         if spec.type == "I32":
             continue
         kind = gguf.GGMLQuantizationType[spec.type]
-        rows = file.raw(spec).reshape(-1, file.raw(spec).shape[-1])
+        count = prod(spec.ne[1:])
         step = max(1, _CHUNK // max(1, spec.ne[0]))
-        for start in range(0, len(rows), step):
-            if not _finite(rows[start : start + step], kind):
+        for start in range(0, count, step):
+            if not _finite(file.rows(spec, start, min(start + step, count)), kind):
                 yield f"{spec.name}: holds values that are not finite"
                 break
 

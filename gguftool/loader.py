@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .checkpoint import EXPERT_PARAMETERS, Checkpoint, Source
 from .errors import GgufToolError
+from .stored import first_line
 
 
 class LayerLoader:
@@ -102,8 +103,15 @@ def usable_device(device: str, *, solves: bool = False) -> torch.device:
 
 def empty_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM in eval mode with parameters on the meta device, and with its buffers computed on `device`."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(checkpoint.config), dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # of whatever a number of config.json leads to
+        raise GgufToolError(
+            f"{checkpoint.path}: transformers makes no model of config.json ({type(error).__name__}: {first_line(error)})"
+        ) from error
     for path, module in model.named_modules():
         # Buffers that a checkpoint has are loaded with the parameters.
         computed = module._non_persistent_buffers_set

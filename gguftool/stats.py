@@ -251,7 +251,7 @@ class CalibrationStats:
             stats = cls(
                 model=_model_facts(header["model"]),
                 domains=tuple(_domain(domain) for domain in header["domains"]),
-                n_ctx=whole(header["n_ctx"], "n_ctx"),
+                n_ctx=whole(header["n_ctx"], "n_ctx", 1),
                 experts=_with_prefix(arrays, "expert."),
                 neurons=_with_prefix(arrays, "neuron."),
                 expert_inputs=arrays["expert_inputs"],

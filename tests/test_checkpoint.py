@@ -129,6 +129,22 @@ def test_a_missing_shard(shards):
     assert f"{shard.name}: the shard is missing" in refusal(shards)
 
 
+@pytest.mark.parametrize(
+    "name", ["../elsewhere/model.safetensors", "elsewhere/model.safetensors", "absolute", "model.bin"]
+)
+def test_an_index_names_shards_beside_it_only(name, single, tmp_path):
+    """Refused by its name, though what it names is there and sound."""
+    for folder in (tmp_path / "elsewhere", single / "elsewhere"):
+        folder.mkdir()
+        shutil.copy(single / "model.safetensors", folder)
+    shutil.copy(single / "model.safetensors", single / "model.bin")
+    name = str(tmp_path / "elsewhere" / "model.safetensors") if name == "absolute" else name
+    assert (single / name).is_file()
+    map_ = dict.fromkeys(load_file(single / "model.safetensors"), name)
+    (single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map_}))
+    assert f"the shard {name[:80]!r} is no name of a .safetensors file" in refusal(single)
+
+
 def test_an_index_that_promises_more_than_there_is(shards):
     path = shards / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -137,6 +153,15 @@ def test_an_index_that_promises_more_than_there_is(shards):
     assert "lacks model.layers.7.input_layernorm.weight" in refusal(shards)
     path.write_text("{}")
     assert "not a safetensors index" in refusal(shards)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says(shards):
+    path = shards / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name, own = next(iter(index["weight_map"].items()))
+    index["weight_map"][name] = next(shard for shard in index["weight_map"].values() if shard != own)
+    path.write_text(json.dumps(index))
+    assert f"{own}: {name} is not there according to {path.name}" in refusal(shards)
 
 
 def test_a_missing_expert_is_found_on_opening(single):

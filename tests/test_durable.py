@@ -278,6 +278,20 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert out.read_text() == "first" and os.listdir(out.parent) == ["out"]
 
 
+def test_a_scratch_folder_begins_empty_and_is_gone_however_the_block_ends(tmp_path):
+    folder = tmp_path / "work"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "left").write_text("by a run that was killed")
+    with durable.scratch(folder) as room:
+        assert room == folder and os.listdir(room) == []
+        (room / "made").write_text("x")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(RuntimeError), durable.scratch(folder) as room:
+        (room / "half").write_text("x")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
 HOLDER = """
 import sys
 from pathlib import Path

@@ -467,6 +467,68 @@ def test_an_input_that_is_cut_short_under_the_map_of_it(line, tmp_path, fault):
         assert os.listdir(tmp_path) == ["base.gguf"]
 
 
+# A stage whose GGUF is cut off behind the first tensor.
+CUT_OFF = """
+import os, sys
+from pathlib import Path
+from gguftool import inspection
+from gguftool.errors import GgufToolError
+from gguftool.expand import expand
+from gguftool.gguf_file import GgufFile
+from gguftool.plan import PrunePlan
+from gguftool.writer import prune
+
+stage, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+path, finite = folder / ("base.gguf" if stage == "prune" else "tiered.gguf"), inspection._finite
+
+def cut(*_):
+    os.truncate(path, 4096)
+
+def cut_and_look(*rows):
+    cut()
+    return finite(*rows)
+
+inspection._finite = cut_and_look
+try:
+    if stage == "prune":
+        prune(path, PrunePlan.load(folder / "plan.json"), out, progress=cut)
+    elif stage == "expand":
+        expand(path, out, progress=cut)
+    else:
+        inspection.check(inspection.inspect(GgufFile(path)))
+except GgufToolError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.parametrize("stage", ["prune", "expand", "inspect"])
+def test_a_gguf_that_is_cut_off_while_it_is_read(stage, line, tmp_path, fault):
+    """In a process of its own: one that had mapped the file would be ended by the system (SIGBUS)."""
+    folder, out = tmp_path / "copy", tmp_path / "here" / "out"
+    folder.mkdir()
+    for name in ("base.gguf", "tiered.gguf", "plan.json"):
+        shutil.copy(line.folder / name, folder)
+    with fault():
+        command = [sys.executable, "-c", CUT_OFF, stage, str(folder), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done
+        assert ".gguf was changed while it was read" in done.stderr.splitlines()[-1]
+        assert not out.exists() and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_checkpoint_that_is_cut_off_under_the_converter(line, tmp_path, monkeypatch, fault):
+    """The converter maps it and is ended by the system, which is not what has to be said."""
+    model = shutil.copytree(line.folder / "model", tmp_path / "model")
+    shard, script = model / "model.safetensors", tmp_path / "worker"
+    script.write_text(f"#!/bin/sh\n: > '{shard}'\nkill -BUS $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with fault():
+        with pytest.raises(GgufToolError, match=f"{shard} was changed while it was read"):
+            convert(model, tmp_path / "out", line.runtime, pre_tokenizer="qwen2")
+        assert sorted(os.listdir(tmp_path)) == ["model", "worker"]
+
+
 def test_what_belongs_to_another_model_is_refused(line, tmp_path, fault):
     """The base, the plan or the stats are of another training of the same architecture."""
     tiny_checkpoint(tmp_path / "model", seed=5)

@@ -275,6 +275,7 @@ STATS: dict[str, Callable[[dict], object]] = {
     "a weight of nothing": _domain(weight=-1),
     "a window of -1": _domain(windows=[-1]),
     "tokens in a window as text": lambda facts: facts.update(n_ctx="x"),
+    "no tokens in a window": lambda facts: facts.update(n_ctx=0),
 }
 
 
@@ -312,6 +313,16 @@ HEADERS: dict[str, Callable[[dict, str], object]] = {
         dtype="I64" if header[name]["dtype"] == "F64" else "I32"
     ),
     "a tensor missing": lambda header, name: header.pop(name),
+    "a type of another size": lambda header, name: header[name].update(
+        dtype="F16" if header[name]["dtype"] == "F32" else "F32"
+    ),
+    "a shape of fractions": lambda header, name: header[name].update(shape=[float(n) for n in header[name]["shape"]]),
+    "offsets of fractions": lambda header, name: header[name].update(
+        data_offsets=[float(n) for n in header[name]["data_offsets"]]
+    ),
+    "offsets before the data": lambda header, name: header[name].update(
+        data_offsets=[n - header[name]["data_offsets"][1] for n in header[name]["data_offsets"]]
+    ),
     "two tensors at one place": lambda header, name: header.update(twin=header[name]),
 }
 RAW = {
@@ -319,6 +330,7 @@ RAW = {
     "a length of 2^63": (b"{}", 2**63),
     "a length of 2^64 - 1": (b"{}", 2**64 - 1),
     "a length beyond the file": (b"{}", 1000),
+    "a length of 2^40": (b"{}", 2**40),
     "a length of 0": (b"", 0),
     "a header that is a list": (b"[]", None),
     "a header that is no JSON": (b"{{{{", None),
@@ -492,6 +504,9 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
         for name, change in HEADERS.items()
         if "gguftool" not in name and "facts" not in name
     },
+    "the shard: an expert at another's place": _shard(
+        lambda header, name: header[name].update(header[name.replace("experts.0", "experts.1")])
+    ),
     "an unknown family": _config(model_type="\x1b[31mx"),
     "2^40 layers": _config(num_hidden_layers=2**40),
     "1e300 layers": _config(num_hidden_layers=1e300),
@@ -500,8 +515,28 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "2^40 experts": _config(num_experts=2**40, num_local_experts=2**40),
     "-1 experts": _config(num_experts=-1, num_local_experts=-1),
     "experts as text": _config(num_experts="6", num_local_experts="6"),
+    "no experts": _config(num_experts=0, num_local_experts=0),
+    "experts that are a list": _config(num_experts=[6], num_local_experts=[6]),
     "other experts": _config(num_experts=5, num_local_experts=5),
     "more used than there are": _config(num_experts_per_tok=7),
+    "no expert used": _config(num_experts_per_tok=0),
+    "-1 experts used": _config(num_experts_per_tok=-1),
+    "experts used as text": _config(num_experts_per_tok="2"),
+    "no layers": _config(num_hidden_layers=0),
+    "-1 layers": _config(num_hidden_layers=-1),
+    "no attention heads": _config(num_attention_heads=0),
+    "-1 attention heads": _config(num_attention_heads=-1),
+    "2^40 attention heads": _config(num_attention_heads=2**40),
+    "attention heads as text": _config(num_attention_heads="4"),
+    "heads of no numbers": _config(head_dim=0),
+    "no neurons": _config(moe_intermediate_size=0),
+    "-1 neurons": _config(moe_intermediate_size=-1),
+    "neurons as text": _config(moe_intermediate_size="32"),
+    "a residual stream as text": _config(hidden_size="32"),
+    "no tokens": _config(vocab_size=0),
+    "tokens as text": _config(vocab_size="320"),
+    "an activation that there is not": _config(hidden_act="x"),
+    "an epsilon as text": _config(rms_norm_eps="x"),
     "2^40 neurons": _config(moe_intermediate_size=2**40),
     "another residual stream": _config(hidden_size=16),
     "0 for a residual stream": _config(hidden_size=0),
@@ -550,6 +585,21 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     ),
 }
 
+# What a refusal says where a later guard would refuse the checkpoint too, but not with these words.
+CHECKPOINTS_SAY = {
+    "the shard: two tensors at one place": "overlap",
+    "the shard: a type of another size": "bytes, which is not",
+    "the shard: a shape of -1 and -1": "is no whole number",
+    "the shard: offsets before the data": "is no whole number",
+    "the shard: a length beyond the file": "truncated",
+    "no experts": " = 0, not a count",
+    "-1 experts": " = -1, not a count",
+    "no expert used": "num_experts_per_tok = 0, not a count",
+    "no neurons": "moe_intermediate_size = 0, not a count",
+    "no tokens": "vocab_size = 0, not a count",
+    "no layers": "num_hidden_layers = 0, not a count",
+}
+
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint(name, sound, tmp_path, monkeypatch, capsys):
@@ -567,7 +617,8 @@ def test_checkpoint(name, sound, tmp_path, monkeypatch, capsys):
         "-o",
         "OUT/x",
     ]
-    refuses(name, command, tmp_path, monkeypatch, capsys)
+    said = refuses(name, command, tmp_path, monkeypatch, capsys)
+    assert CHECKPOINTS_SAY.get(name, "") in said
 
 
 def test_truncated_at_every_byte(sound, tmp_path):

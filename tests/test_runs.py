@@ -166,7 +166,7 @@ def test_a_model_farther_off_than_its_plan_explains_is_a_failure(made, place, mo
     assert assessed(made).failures == () and Verified.load(place / "out").failures == ()
 
 
-def test_backends_that_disagree_are_a_failure(made, monkeypatch):
+def test_backends_that_disagree_are_a_failure(made, place, monkeypatch):
     asked = []
 
     def crosscheck(backends, base, pruned, data, **options):
@@ -179,8 +179,12 @@ def test_backends_that_disagree_are_a_failure(made, monkeypatch):
     (said,) = pipeline.backends_apart(*made)
     assert "vulkan and cpu differ by 0.50000 in ln(perplexity), more than 0.10000" in said
     assert asked == [(["vulkan", "cpu"], 4)]
+    report = assessed(made)
+    assert report.failures == (said,) and Verified.load(place / "out").failures == (said,)
+    assert "Not done" in (place / "out" / "report.md").read_text()
     monkeypatch.setattr(pipeline, "crosscheck", lambda *_, **__: CrossCheck({}, 0.05, 0.1))
     assert pipeline.backends_apart(*made) == []
+    assert assessed(made).failures == () and Verified.load(place / "out").failures == ()
 
 
 def row(kld, err=0.0, ppl=12.0, base=10.0, largest=1.0):

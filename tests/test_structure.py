@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -180,11 +180,12 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert not {"torch", "numpy", "gguf", "transformers", "llama_cpp", "rich", "matplotlib"} & set(done.stdout.split())
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "gguftool", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    # 0.3 s on an idle machine; the bound is wider because a busy one must not fail the test.
-    assert min(times) < 1.0
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    # What it takes of the processor, so that a busy machine does not fail the test. About 0.15 s on an idle one.
+    assert min(times) < 0.3
 
 
 def test_the_readme_has_no_gap():
