@@ -106,9 +106,12 @@ def quantize(
         paths = [str(source.resolve()), str(partial.resolve())]
         threads = [str(tools.threads)] if tools.threads else []
         command = [str(tools.binary.resolve()), *options, *paths, parse_target(target).name, *threads]
-        _run(command, work, tools.progress, out)
+        try:
+            _run(command, work, tools.progress, out)
+        finally:
+            # First: that the input was written to, or cut short under the map of it, is why anything may have failed.
+            file.check_unchanged()
         _verify(file, GgufFile(partial), specs, target)
-        file.check_unchanged()
     return Quantized(out, out.stat().st_size, specs)
 
 

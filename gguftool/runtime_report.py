@@ -54,7 +54,7 @@ def bench_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         caption="ratios of speed, mean of the starts; 1.00 is the goal. tiers: the same experts in two tiers ÷ in one stack. "
         "pruned: speed-up ÷ (active bytes before ÷ after). patched: the stock file with our llama.cpp ÷ without our patches. "
-        "control: the stock file ÷ itself. memory: peak ÷ (file + KV + compute buffers). *: below the bar",
+        "control: the stock file ÷ itself. memory: peak ÷ (file + KV + compute buffers). *: a bar is missed",
         caption_justify="left",
     )
     columns = {

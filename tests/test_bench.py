@@ -69,10 +69,18 @@ def test_a_missed_bar_is_named():
     fine = {key: bench.Ratio(1.0, 0.0) for key in bench.BARS}
     result = bench.Result("m", "Q4_K", 1, {}, fine, 1.0, 1.0, 1.0, {}, True)
     assert result.missed() == []
-    slow = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.969, 0.01)})
-    assert slow.missed() == ["m Q4_K: split_prompt 0.969, the bar is 0.97"]
+    slow = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.949, 0.01)})
+    assert slow.missed() == ["m Q4_K: split_prompt 0.949 ± 0.010, the bar is 0.97"]
+    exact = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.969, 0.0)})
+    assert exact.missed() == ["m Q4_K: split_prompt 0.969 ± 0.000, the bar is 0.97"]
+    near = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.951, 0.01)})
+    assert near.missed() == []
+    noisy = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.969, 0.02)})
+    assert "split_prompt 0.969 ± 0.020 by a bar of 0.97: too noisy to tell" in noisy.missed()[0]
+    above = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.98, 0.02)})
+    assert above.missed() == []
     fat = replace(result, ratios=fine | {"pruned_memory": bench.Ratio(1.03, 0.0)})
-    assert fat.missed() == ["m Q4_K: pruned_memory 1.030, the bar is 1.02"]
+    assert fat.missed() == ["m Q4_K: pruned_memory 1.030 ± 0.000, the bar is 1.02"]
     assert len(replace(result, same_logits=False).missed()) == 1
 
 
@@ -88,6 +96,32 @@ def test_a_measurement_from_end_to_end(runtime, plain_runtime, tmp_path, monkeyp
     assert result.ratios["split_prompt"].error > 0
     assert 1 < result.active_bytes_ratio < 2
     assert not list(tmp_path.iterdir())
+
+
+def starts_of(*seconds: float):
+    """Starts in which split took so long and everything else a second."""
+    names = {"stock": [1.0, 1.0], "pruned": [1.0]}
+    return [
+        bench._Start({n: dict.fromkeys(bench._WORK, s) for n, s in {**names, "split": [took, took]}.items()}, True)
+        for took in seconds
+    ]
+
+
+def test_starts_go_on_while_noise_hides_a_bar():
+    """By hand: of 1 ± 0.1 nothing can be said; of 0.9 ± 0.001 and of 1 ± 0.001 all."""
+    assert not bench._settled(bench._ratios(starts_of(0.9, 1.1)))
+    assert bench._settled(bench._ratios(starts_of(1.11, 1.112)))
+    assert bench._settled(bench._ratios(starts_of(0.999, 1.001)))
+
+
+@pytest.mark.parametrize(("noise", "count"), [((1.0, 1.0), 2), ((0.9, 1.1), 4)])
+def test_no_more_starts_than_needed(noise, count, runtime, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", replace(tiny("qwen3-30b-a3b"), name="tiny"))
+    monkeypatch.setattr(bench, "GENERATED_TOKENS", 2)
+    made = starts_of(*noise, *noise)
+    monkeypatch.setattr(bench, "_start", lambda *_: made.pop(0))
+    result = bench.measure("tiny", "Q8_0", tmp_path, runtime, None, bench.Options(), starts=2, rounds=1, n_layer=1)
+    assert result.starts == count
 
 
 def test_a_ratio_by_hand():

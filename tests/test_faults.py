@@ -455,6 +455,18 @@ def test_an_input_that_changes_while_it_is_read(stage, line, wanted, tmp_path, f
         assert not list(out.parent.glob("*.partial"))
 
 
+def test_an_input_that_is_cut_short_under_the_map_of_it(line, tmp_path, fault):
+    """llama-quantize dies of it (SIGBUS): what is said is why."""
+    own = tmp_path / "base.gguf"
+    shutil.copy(line.base, own)
+    with fault():
+        with pytest.raises(GgufToolError, match="was changed while it was read"):
+            quantize(
+                own, "Q8_0", tmp_path / "out", tools=replace(line.tool, progress=lambda *_: os.truncate(own, 8192))
+            )
+        assert os.listdir(tmp_path) == ["base.gguf"]
+
+
 def test_what_belongs_to_another_model_is_refused(line, tmp_path, fault):
     """The base, the plan or the stats are of another training of the same architecture."""
     tiny_checkpoint(tmp_path / "model", seed=5)
