@@ -296,6 +296,11 @@ def _model_facts(raw: dict[str, Any]) -> ModelFacts:
     layers = tuple(whole(index, "moe_layers", 0, 2**31 - 1) for index in raw["moe_layers"])
     if not layers or sorted(set(layers)) != list(layers):
         raise ValueError("moe_layers, which are no rising numbers of layers")
+    if layers[-1] >= raw["block_count"]:
+        raise ValueError(f"moe_layers: layer {layers[-1]} of {raw['block_count']}")
+    n_expert, groups, chosen = raw["n_expert"], raw.get("n_group", 1), raw.get("n_group_used", 1)
+    if raw["n_expert_used"] > n_expert or n_expert % groups or chosen > groups:
+        raise ValueError(f"n_expert: {raw['n_expert_used']} of {n_expert} are used, {chosen} of {groups} groups")
     if not isinstance(raw.get("norm_topk"), bool | None):
         raise ValueError(f"norm_topk: {raw['norm_topk']}")
     return ModelFacts(**{**raw, "moe_layers": layers, "tensors": specs_from_json(raw["tensors"])})

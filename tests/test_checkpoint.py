@@ -187,6 +187,11 @@ def test_old_rotary_tensors_are_passed_over(single):
     assert len(gguf_tensors(checkpoint)) == 39
 
 
+def test_a_dense_checkpoint_is_refused_on_opening(tmp_path):
+    directory = tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=1, mlp_only_layers=[0])
+    assert "no tensor is that of a routed expert" in refusal(directory)
+
+
 def test_config_and_weights_that_disagree(single):
     edit_config(single, num_experts=7, num_local_experts=7)
     assert "lacks tensor model.layers.0.mlp.experts.6.gate_proj.weight" in refusal(single)

@@ -6,6 +6,7 @@ inputs that were refused is printed (pytest -s shows it; scripts/hostile runs ju
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -256,6 +257,9 @@ STATS: dict[str, Callable[[dict], object]] = {
     "experts as text": _facts(n_expert="6"),
     "experts as a fraction": _facts(n_expert=6.5),
     "other experts": _facts(n_expert=5),
+    "fewer blocks than layers": _facts(block_count=1),
+    "groups that do not divide": _facts(n_group=4, n_group_used=1),
+    "more groups used than there are": _facts(n_group=2, n_group_used=3),
     "no layers": _facts(moe_layers=[]),
     "a layer twice": _facts(moe_layers=[1, 1]),
     "a layer of 2^70": _facts(moe_layers=[0, 2**70]),
@@ -339,7 +343,7 @@ RAW = {
 }
 
 
-@pytest.mark.parametrize("name", [*STATS, *HEADERS, *RAW, "NaN", "-Inf", "fewer than no tokens"])
+@pytest.mark.parametrize("name", [*STATS, *HEADERS, *RAW, "NaN", "-Inf", "fewer than no tokens", "7 of 6 used"])
 def test_stats(name, sound, tmp_path, monkeypatch, capsys):
     good, bad = sound / "stats.safetensors", tmp_path / "bad.safetensors"
     if name in STATS:
@@ -348,6 +352,10 @@ def test_stats(name, sound, tmp_path, monkeypatch, capsys):
         reheader(good, bad, lambda header: HEADERS[name](header, "expert_inputs"))
     elif name in RAW:
         safetensors(bad, RAW[name][0], length=RAW[name][1])
+    elif name == "7 of 6 used":  # and as many counted
+        stats = CalibrationStats.load(good)
+        stats.experts["count"][:, :, 0] += 5 * stats.tokens
+        dataclasses.replace(stats, model=dataclasses.replace(stats.model, n_expert_used=7)).save(bad)
     else:
         stats = CalibrationStats.load(good)
         field = "count" if name.startswith("fewer") else "gate"
