@@ -23,14 +23,12 @@ def recipes(name: str | None, as_json: bool, quiet: bool) -> None:
 
     A recipe is a TOML file with the options of `compress` as its keys; `compress --recipe NAME` takes it.
     """
-    from .recipe_file import find, load, shipped
+    from .recipe_file import find, load, shipped, start
 
     terminal = make_terminal(as_json, quiet)
     if name is not None:
-        path = find(name)
-        load(path)
-        text = path.read_text(encoding="utf-8")
-        terminal.show({"path": str(path), "text": text}, text.rstrip())
+        text = start(name)
+        terminal.show({"path": str(find(name)), "text": text}, text)
         return
     found = {known: load(path).about for known, path in shipped().items()}
     facts = [{"name": known, "about": about, "path": str(shipped()[known])} for known, about in found.items()]

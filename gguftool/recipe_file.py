@@ -295,6 +295,19 @@ def find(name: str) -> Path:
     raise GgufToolError(f"{name}: no such recipe file, nor one that is shipped; {hint}shipped are {', '.join(known)}")
 
 
+def start(name: str) -> str:
+    """The text of the recipe that `find` gives, to be kept as a file of one's own: a shipped one may then lie anywhere.
+
+    Raises GgufToolError as `find` and `load` do.
+    """
+    path = find(name)
+    load(path)
+    text = path.read_text(encoding="utf-8").rstrip()
+    if path in shipped().values():  # its texts lie beside its folder
+        text = text.replace('"../', _toml(f"{SHIPPED.parent}/")[:-1])
+    return text
+
+
 def dumps(recipe: RunRecipe) -> str:
     """The recipe as TOML, every value that is not open written out, paths made absolute.
 

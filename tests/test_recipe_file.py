@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguftool.errors import GgufToolError
-from gguftool.recipe_file import Found, Made, RunRecipe, dumps, find, load, loads, save, shipped
+from gguftool.recipe_file import Found, Made, RunRecipe, dumps, find, load, loads, save, shipped, start
 from gguftool.sources import Source, parse_source, spell
 
 WHOLE = RunRecipe(
@@ -192,6 +192,17 @@ def test_shipped_recipes_are_whole_but_for_the_model(name):
     for path in (*(Path(source.place) for source in found.data), *found.eval):
         assert path.resolve().is_file()
     assert not {Path(source.place).resolve() for source in found.data} & {path.resolve() for path in found.eval}
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_shipped_recipe_that_was_printed_into_a_file_finds_its_texts(name, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text(start(name))
+    found, was = load(mine), load(find(name))
+    assert [Path(source.place) for source in found.data] == [Path(source.place).resolve() for source in was.data]
+    assert list(found.eval) == [path.resolve() for path in was.eval]
+    assert replace(found, data=was.data, eval=was.eval) == was
+    assert start(str(mine)) == mine.read_text()
 
 
 def test_three_are_shipped():
