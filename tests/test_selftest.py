@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from math import exp, sqrt
 
 import numpy as np
 import pytest
 
-from gguftool import cli, doctor, selftest
+from gguftool import cli, selftest
 from gguftool.crosscheck import crosscheck, judge
 from gguftool.errors import GgufToolError
 from gguftool.evaluate import ln_ppl_tolerance
@@ -80,7 +81,7 @@ FEW = "m=48,n=4,k|type_a=(f32|q4_K),.*n_used=2,b=0,m=512,n=1,k|n_token=1(,|$)"
 @pytest.fixture
 def quick(monkeypatch, base_gguf):
     """The selftest as it is, with a few cases of each operation and without the conversion; what it finds is not noted."""
-    monkeypatch.setattr(doctor, "note_selftest", lambda found: list(found))
+    monkeypatch.setattr(import_module("gguftool.doctor"), "note_selftest", lambda found: list(found))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(
         selftest, "run_backend_ops", lambda by, device, ops, _=None: run_backend_ops(by, device, ops, FEW)
