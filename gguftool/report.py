@@ -189,7 +189,8 @@ class Report:
 
     def weighed(self) -> tuple[list[str], list[list[str]]]:
         """The candidates: head and rows, in their order; the last column says why."""
-        names = list(dict.fromkeys(name for item in self.candidates for name in item.texts))
+        measured = [name for item in self.candidates for name in item.texts]
+        names = [name for name in dict.fromkeys([*self.base, *measured]) if name in measured]
         needs = any(item.need is not None for item in self.candidates)
         head = ["candidate", "size", *(["needs"] if needs else []), *(f"KL, {name}" for name in names), "", "why"]
         rows = []
