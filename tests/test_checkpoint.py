@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -185,6 +187,14 @@ def test_old_rotary_tensors_are_passed_over(single):
     checkpoint = open_checkpoint(single)
     LayerLoader(checkpoint)
     assert len(gguf_tensors(checkpoint)) == 39
+
+
+@pytest.mark.parametrize("value", ["32", None, 32.5, 0])
+def test_a_size_that_is_no_count(original, value):
+    """However much of config.json transformers lets pass."""
+    checkpoint = replace(open_checkpoint(original), config=SimpleNamespace(hidden_size=value))
+    with pytest.raises(GgufToolError, match=f"hidden_size = {value!r}, not a count"):
+        _ = checkpoint.n_embd
 
 
 def test_a_dense_checkpoint_is_refused_on_opening(tmp_path):

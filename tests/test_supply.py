@@ -206,6 +206,23 @@ def test_one_wrong_byte_of_the_source_is_refused(tmp_path, monkeypatch):
     assert given.exists() and not cached.exists()
 
 
+def test_pip_is_told_the_hash(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append((command, Path(command[command.index("-r") + 1]).read_text()))
+        return subprocess.CompletedProcess(command, 1, "", "no network")
+
+    monkeypatch.setattr(runtime_build.subprocess, "run", run)
+    monkeypatch.setenv("GGUFTOOL_CACHE", str(tmp_path))
+    monkeypatch.delenv(runtime_build.SDIST, raising=False)
+    with pytest.raises(GgufToolError, match="pip could not fetch"):
+        runtime.fetch()
+    ((command, pin),), base = asked, runtime.read_base()
+    assert {"--require-hashes", "--no-deps"} <= set(command)
+    assert pin == f"{base.package}=={base.version} --hash=sha256:{base.sha256}\n"
+
+
 def test_the_source_may_be_brought_by_hand(tmp_path, monkeypatch):
     source = runtime.fetch()
     given = tmp_path / "by-hand.tar.gz"
