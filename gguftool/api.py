@@ -93,7 +93,7 @@ def compress(
     say: Say | None = None, **options: Unpack[CompressOptions],
 ) -> Report:  # fmt: skip
     """All of it, in the folder `out`; goes on where it was stopped. `recipe` is a file, the name of a shipped one, or a value;
-    options go before what it says.
+    options override it.
 
     Returns:
         The report. The files lie in `out`, with report.json, recipe.toml and verified.json.

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from .architectures import Architecture, for_model_type
 from .durable import check_unchanged, identity
 from .errors import GgufToolError
+from .sources import is_hub_id
 from .stored import StoredTensor, dequantize_mxfp4, first_line, map_tensor, pieces, stored_tensors
 from .strict_json import parse
 
@@ -287,9 +288,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Reads config.json, the headers of all shards and ten pieces of 4 KiB of every tensor. Raises GgufToolError for whatever
     is missing, truncated, quantized already or of an unknown architecture.
     """
-    directory = _resolve(path)
+    directory = checkpoint_directory(path)
     raw, fields = _read_config(directory)
-    architecture = for_model_type(str(fields.get("model_type")))
+    architecture = _row_of(directory, fields)
     _check_variant(directory, architecture, fields)
     tensors = stored_tensors(directory)
     _check_counts(directory, fields, len(tensors))
@@ -310,12 +311,15 @@ def lacks_predictors(checkpoint: Checkpoint) -> bool:
     return checkpoint.architecture.predictors == "kept" and not checkpoint.n_predict
 
 
-def _resolve(path: str | Path) -> Path:
-    """The directory of a checkpoint; a hub id is downloaded."""
+def checkpoint_directory(path: str | Path) -> Path:
+    """The directory of a checkpoint; a hub id (`owner/name`, where no such directory is) is downloaded.
+
+    Raises GgufToolError for what is neither, and for what the hub does not give.
+    """
     if Path(path).is_dir():
         return Path(path)
     text = str(path)
-    if Path(path).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if not is_hub_id(path):
         raise GgufToolError(f"{path}: no such checkpoint directory, and no hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -338,6 +342,20 @@ def _read_config(directory: Path) -> tuple[bytes, dict[str, Any]]:
     if not isinstance(fields, dict):
         raise GgufToolError(f"{directory}: config.json is no JSON object")
     return raw, fields
+
+
+def _row_of(directory: Path, fields: Mapping[str, Any]) -> Architecture:
+    """The family's row. Raises GgufToolError where there is none, and says so where the model has no experts at all."""
+    kind = str(fields.get("model_type"))
+    try:
+        return for_model_type(kind)
+    except GgufToolError:
+        inner = fields.get("text_config")
+        if any("expert" in key for key in (*fields, *(inner if isinstance(inner, dict) else ()))):
+            raise
+        raise GgufToolError(
+            f"{directory}: config.json ({kind}) names no experts, so this is a dense model, and there is nothing to prune"
+        ) from None
 
 
 def _check_variant(directory: Path, row: Architecture, fields: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
     "--recipe",
     "name",
     metavar="FILE|NAME",
-    help="Take everything from a recipe file, or from a shipped one (`gguftool recipes`). Options given here go before it.",
+    help="Take everything from a recipe file, or from a shipped one (`gguftool recipes`). Options given here override it.",
 )
 @data_option_or_recipe
 @click.option("--eval", "eval", type=FILE, multiple=True, metavar="FILE", help="Text to judge by; may be repeated.")

@@ -60,6 +60,7 @@ def prune(
     base: Path, plan_path: Path, weights: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
     """Write a plan's GGUF, a tensor at a time."""
+    from .methods import METHODS
     from .overrides import Overrides
     from .plan import PrunePlan
     from .report import types_table
@@ -67,10 +68,13 @@ def prune(
     from .writer import prune as run
 
     terminal = make_terminal(as_json, quiet)
-    found = find()
+    found, plan = find(), PrunePlan.load(plan_path)
+    made_by = METHODS.get(plan.recipe.method)
+    if weights is None and made_by is not None and made_by.refitted and plan.kept_share < 1:
+        terminal.say("note: the plan counts on refitted weights and none were given: `gguftool refit`, then --weights")
     with terminal.progress() as progress:
         report = run(
-            base, PrunePlan.load(plan_path), out, ggml=found.ggml if found else None,
+            base, plan, out, ggml=found.ggml if found else None,
             overrides=Overrides.load(weights) if weights else None, force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
     for note in report.notes:
@@ -124,12 +128,13 @@ def quantize(
     source: Path, target: str, out: Path, imatrix: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:
     """Quantize with llama.cpp's quantizer, every tensor to the type that the plan counted."""
+    from .encoding import parse_target
     from .quantize import QuantizeTool
     from .quantize import quantize as run
     from .runtime import require
     from .stats import CalibrationStats
 
-    terminal = make_terminal(as_json, quiet)
+    terminal, target = make_terminal(as_json, quiet), parse_target(target).name
     stats = CalibrationStats.load(imatrix) if imatrix else None
     with terminal.progress() as progress:
         tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)

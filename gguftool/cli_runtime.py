@@ -51,11 +51,13 @@ def runtime_build(
 @output_options
 def runtime_info(backend: str, as_json: bool, quiet: bool) -> None:
     """Say which base, which patches, which backends, and whether what is loaded is ours."""
-    from .runtime import describe
+    from .runtime import describe, not_built
 
     terminal = make_terminal(as_json, quiet)
     facts = describe(backend)
     terminal.show(facts, *(f"{key + ':':<14}{_plain(value)}" for key, value in facts.items()))
+    if not facts["built"]:
+        terminal.say(str(not_built(backend)))
 
 
 def _plain(value: Any) -> str:

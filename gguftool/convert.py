@@ -9,7 +9,7 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from .checkpoint import Checkpoint, lacks_predictors, open_checkpoint
+from .checkpoint import Checkpoint, checkpoint_directory, lacks_predictors, open_checkpoint
 from .durable import check_unchanged, full, held_handles, identity, replacing
 from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress, check_output, check_space
@@ -33,7 +33,7 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Converts the checkpoint in `model`.
+    """Converts the checkpoint in `model`, a directory or a model of the hub.
 
     Args:
         pre_tokenizer: llama.cpp's name of the vocabulary's pre-tokenizer, where its hash is not known to llama.cpp.
@@ -50,6 +50,7 @@ def convert(
         near = get_close_matches(pre_tokenizer, known, n=3)
         raise GgufToolError(f"llama.cpp knows no pre-tokenizer {pre_tokenizer!r}; near are {', '.join(near) or 'none'}")
     check_output(out, force)
+    model = checkpoint_directory(model)
     inputs = _inputs(model)
     check_space(out, sum(path.stat().st_size for path in inputs if path.suffix == ".safetensors"))
     path = [str(runtime.convert_dir), str(runtime.convert_dir / "gguf-py"), str(Path(__file__).parent.parent)]

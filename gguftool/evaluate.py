@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from .divergence import Divergence, DivergenceSum, Tokens
-from .errors import GgufToolError
+from .gguf_header import refuse_missing
 from .perplexity import LoadedModel, Options, Perplexity, Progress, Protocol, Session, file_facts, measure, open_session
 
 __all__ = ["Comparison", "Perplexity", "Protocol", "compare", "compare_many", "ln_ppl_tolerance", "measure", "pool"]
@@ -81,8 +81,7 @@ def compare_many(
         GgufToolError: a file that does not load, another vocabulary than the base's, a text shorter than one window.
     """
     for path in pruned:
-        if not path.is_file():
-            raise GgufToolError(f"{path}: no such file")
+        refuse_missing(path)
     with open_session(llama, **options) as session, LoadedModel(session, base) as model:
         windows = model.windows(text, max_windows)
         if memory is None:

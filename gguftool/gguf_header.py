@@ -233,10 +233,17 @@ class Header:
         return int(value)
 
 
-def _open(path: Path) -> tuple[FileIO, int]:
-    """The opened file and its size."""
+def refuse_missing(path: Path) -> None:
+    """Raises GgufToolError where there is no file, and says where it is a folder, such as a checkpoint's."""
+    if path.is_dir():
+        raise GgufToolError(f"{path}: a folder, no GGUF; `gguftool convert` makes one of a checkpoint")
     if not path.is_file():
         raise GgufToolError(f"{path}: no such file")
+
+
+def _open(path: Path) -> tuple[FileIO, int]:
+    """The opened file and its size."""
+    refuse_missing(path)
     try:
         file = path.open("rb", buffering=0)
         return file, file.seek(0, 2)

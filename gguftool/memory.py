@@ -32,7 +32,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 
 
 def parse_bytes(text: str) -> int:
-    """'12GiB', '0.5 GiB', '800MB', '123' (bytes) -> bytes. Raises GgufToolError for anything else."""
+    """'12GiB', '0.5 GiB', '800MB', '8589934592' (bytes) -> bytes. Raises GgufToolError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text)
     unit = found.group(2).upper() if found else ""
     if found is None or unit not in UNITS:
@@ -45,6 +45,8 @@ def parse_bytes(text: str) -> int:
     size = int(float(found.group(1)) * UNITS[unit])
     if size < 1:
         raise GgufToolError(f"{text!r} is no size in bytes: it is less than one byte")
+    if not unit and size < 1 << 20:
+        raise GgufToolError(f"{text!r} has no unit, and is too little as bytes; did you mean {text.strip()}GiB?")
     return size
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from .divergence import Estimate, Logits, Tokens, TokenScores, perplexity, score
 from .errors import GgufToolError
+from .gguf_header import refuse_missing
 
 # Called with (windows done, windows, what runs).
 Progress = Callable[[int, int, str], None]
@@ -247,8 +248,7 @@ class LoadedModel(Loaded):
 
     def _load(self) -> None:
         llama, n_ctx = self._llama, self._session.n_ctx
-        if not self._path.is_file():
-            raise GgufToolError(f"{self._path}: no such file")
+        refuse_missing(self._path)
         self._session.log.errors.clear()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = self._session.n_gpu_layers

@@ -64,10 +64,10 @@ class Recipe:
                 raise GgufToolError(
                     f"the recipe's {name} is {str(getattr(self, name))[:40]!r}, not {kinds[0].__name__}"
                 )
-        if not isfinite(self.ratio):
-            raise GgufToolError(f"--ratio {self.ratio} is not a share from 0 up to, but without, 1")
-        if not 0.0 <= self.ratio < 1.0:
-            raise GgufToolError(f"--ratio {self.ratio} is not a share from 0 up to, but without, 1")
+        if not 0.0 <= self.ratio < 1.0:  # nan is not either
+            raise GgufToolError(
+                f"--ratio {self.ratio:g} (1 - --keep) is not a share from 0 up to, but without, 1: write 40 % as 0.4"
+            )
         if self.whole is not None and not 0.0 <= self.whole <= 1.0 - self.ratio:
             raise GgufToolError(
                 f"--whole {self.whole}: at --ratio {self.ratio} at most {1 - self.ratio:.3g} of the experts can stay whole"

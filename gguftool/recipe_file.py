@@ -23,7 +23,7 @@ from typing import Any
 from .durable import write_text
 from .errors import GgufToolError
 from .recipe import Recipe
-from .sources import HUB, Source, parse_source, spell
+from .sources import HUB, Source, is_hub_id, parse_source, spell
 
 SHIPPED = Path(__file__).parent / "recipes"
 NAME = "recipe.toml"
@@ -179,6 +179,12 @@ def _path(value: Any, folder: Path) -> Path:
     return folder / Path(_text(value, folder)).expanduser()
 
 
+def _model(value: Any, folder: Path) -> Path:
+    """A path relative to the recipe's folder, or a model of the hub, where no folder of that name is."""
+    path = _path(value, folder)
+    return Path(value) if not path.exists() and is_hub_id(value) else path
+
+
 def _source(value: Any, folder: Path) -> Source:
     """A source as --data has it; a file, and a folder behind hf:, relative to the recipe's folder."""
     text = _text(value, folder)
@@ -203,7 +209,7 @@ def _several(one: Callable[[Any, Path], Any], what: str, count: int | None = Non
 
 
 _KINDS: dict[str, Callable[[Any, Path], Any]] = {
-    "model": _path,
+    "model": _model,
     "data": _several(_source, 'a list of texts, as ["code.txt", "chat.jsonl:messages"]'),
     "eval": _several(_path, 'a list of files, as ["heldout.txt"]'),
     "depth": _several(_number, "two numbers, as [1, 2]", 2),
@@ -340,7 +346,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, Source):
         value = spell(value if value.hub and not Path(value.place).is_dir() else _absolute(value))
     # JSON's strings are TOML's, but for the one control character that JSON leaves as it is.
-    text = str(value.absolute()) if isinstance(value, Path) else value
+    text = str(value if is_hub_id(value) else value.absolute()) if isinstance(value, Path) else value
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

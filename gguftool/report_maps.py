@@ -79,7 +79,7 @@ def routing(report: Report) -> str:
             for row, own in zip(layers, order, strict=True)
         ]
         heat = charts.Heat(
-            [row["layer"] for row in layers], cells, "never", f"{100 * most:.0f} % of tokens or more",
+            [row["layer"] for row in layers], cells, "never", f"≥ {100 * most:.0f} % of tokens",
             "experts, the original's most used first",
         )  # fmt: skip
         drawn.append(figure(title, charts.heat_map(heat, f"{title}: share of the tokens by expert and layer")))
@@ -118,7 +118,7 @@ def _calibrated(report: Report) -> str:
         for row in layers
     ]
     heat = charts.Heat(
-        [row["layer"] for row in layers], cells, "never", f"{100 * most:.0f} % of tokens or more", "experts, most used first"
+        [row["layer"] for row in layers], cells, "never", f"≥ {100 * most:.0f} % of tokens", "experts, most used first"
     )  # fmt: skip
     words = f"In calibration, over {facts['tokens']:,} tokens. The pruned model's routing was not measured."
     picture = charts.heat_map(heat, "Original: share of the calibration tokens by expert and layer")

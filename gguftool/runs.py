@@ -29,7 +29,7 @@ from .verification import Verified, differences, hashes, sha256
 from .workspace import Say, Watch
 
 HEAD = """What this folder was made by. `gguftool verify FOLDER` makes it again and compares; `gguftool compress --recipe` takes
-this file for another run, and options on the command line go before what it says."""
+this file for another run, and options on the command line override it."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def ask_of(recipe: RunRecipe) -> Ask | None:
     try:
         budget = parse_bytes(recipe.fit)
     except GgufToolError as error:
-        raise GgufToolError(f"fit: {error}") from error
+        raise GgufToolError(f"the budget: {error}") from error
     targets = (recipe.quant,) if recipe.quant else TARGETS
     return Ask(budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "")
 

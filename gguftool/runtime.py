@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS", "Runtime", "build", "built", "cache_dir", "describe", "fetch", "find", "is_patched", "last_line", "load",
-    "load_for", "locate", "patches_dir", "read_base", "require", "series",
+    "load_for", "locate", "not_built", "patches_dir", "read_base", "require", "series",
 ]  # fmt: skip
 
 LOADED = "GGUFTOOL_RUNTIME"
@@ -35,12 +35,14 @@ def require(backend: str = "auto") -> Runtime:
     """The built runtime. Raises GgufToolError with the command that builds it."""
     runtime = find(backend)
     if runtime is None:
-        kind = "" if backend == "auto" else f" for {backend}"
-        raise GgufToolError(
-            f"no patched llama.cpp{kind} has been built; run `gguftool runtime build"
-            + ("`" if backend == "auto" else f" --backend {backend}`")
-        )
+        raise not_built(backend)
     return runtime
+
+
+def not_built(backend: str) -> GgufToolError:
+    """What to say where there is no runtime, with the command that builds it."""
+    kind, option = ("", "") if backend == "auto" else (f" for {backend}", f" --backend {backend}")
+    return GgufToolError(f"no patched llama.cpp{kind} has been built; run `gguftool runtime build{option}`")
 
 
 def load(runtime: Runtime) -> ModuleType:

@@ -19,6 +19,7 @@ from .errors import GgufToolError
 HUB = "hf:"
 _WEIGHT = re.compile(r"(.+)@([-+0-9.eE]+)")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+){0,2}")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FIELD = re.compile(r"[^\W\d][\w.-]*")
 
 
@@ -108,6 +109,12 @@ def parse_source(text: str) -> Source:
     place, parts = _split(text, 2)
     field, limit = _field_and_limit(text, parts)
     return Source(place, field, limit, weight)
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether `model` can only be a model of the hub, OWNER/NAME: nothing of that name is here."""
+    text = str(model)
+    return _HUB_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
 def _parse_hub(text: str, weight: float) -> Source:

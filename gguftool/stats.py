@@ -235,6 +235,8 @@ class CalibrationStats:
 
         if not path.is_file():
             raise GgufToolError(f"{path}: no such stats file; `gguftool calibrate` makes one")
+        if path.suffix == ".gguf":
+            raise GgufToolError(f"{path}: a GGUF, no stats file; `gguftool calibrate` makes one")
         try:
             with safe_open(path, "numpy") as file:
                 header = parse((file.metadata() or {}).get("gguftool", "{}"))

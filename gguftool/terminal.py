@@ -20,12 +20,13 @@ Watch = Callable[[str, Mapping[str, Any]], None]
 
 
 class _Memory(ProgressColumn):
-    """Most memory that this process has taken so far."""
+    """Most memory that this process, or the largest one that it started, has taken so far."""
 
     def render(self, task: Task) -> Text:
         import resource  # not on Windows; see Terminal.progress
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * (1 if sys.platform == "darwin" else 1024)
         return Text(f"{peak / 1e9:.1f} GB")
 
 

@@ -46,6 +46,8 @@ class Verified:
         path = folder / NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise GgufToolError(f"{path}: no such record of a run; `gguftool compress` leaves one") from error
         except (OSError, ValueError) as error:
             raise GgufToolError(f"{path}: no record of a run ({error}); `gguftool compress` leaves one") from error
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):

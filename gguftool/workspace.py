@@ -44,6 +44,8 @@ class Workspace:
     missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.folder.is_file():
+            raise GgufToolError(f"{self.folder}: a file, and -o names a folder for everything; choose another")
         if not self.dry:
             lock = self.folder / ".lock"
             with stated(lock):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -202,6 +203,17 @@ def test_a_dense_checkpoint_is_refused_on_opening(tmp_path):
     assert "no tensor is that of a routed expert" in refusal(directory)
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_dense_model_of_a_family_without_a_row_is_called_dense(inner, tmp_path):
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2}
+    path.write_text(json.dumps({"model_type": "llama"} | ({"text_config": sizes} if inner else sizes)))
+    assert "config.json (llama) names no experts, so this is a dense model" in refusal(tmp_path)
+    sizes["num_experts"] = 4
+    path.write_text(json.dumps({"model_type": "llama"} | ({"text_config": sizes} if inner else sizes)))
+    assert "no MoE architecture 'llama' is known" in refusal(tmp_path)
+
+
 def test_config_and_weights_that_disagree(single):
     edit_config(single, num_experts=7, num_local_experts=7)
     assert "lacks tensor model.layers.0.mlp.experts.6.gate_proj.weight" in refusal(single)
@@ -312,6 +324,13 @@ def test_the_converter_writes_what_the_inventory_says(tmp_path, plain_runtime, m
         for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors
     ]
     assert [(t.name, t.ne, t.type, t.nbytes) for t in gguf_tensors(open_checkpoint(directory))] == written
+
+
+def test_a_model_of_the_hub_is_converted(monkeypatch, original, tmp_path, plain_runtime):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(original))
+    convert(Path("someone/A-Model"), tmp_path / "hub.gguf", plain_runtime, pre_tokenizer="qwen2")
+    convert(original, tmp_path / "here.gguf", plain_runtime, pre_tokenizer="qwen2")
+    assert (tmp_path / "hub.gguf").read_bytes() == (tmp_path / "here.gguf").read_bytes()
 
 
 def test_the_facts_of_a_model(original):

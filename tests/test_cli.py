@@ -64,6 +64,19 @@ def test_dry_run_writes_nothing_and_counts_the_file(line, base_gguf, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("method", "said"), [("auto", True), ("tenp", False)])
+def test_prune_says_that_the_weights_are_missing_which_the_plan_counts_on(method, said, line, base_gguf, tmp_path):
+    plan = tmp_path / "plan.json"
+    gguftool("plan", line / "stats.safetensors", "--method", method, "--ratio", "0.4", "-o", plan)
+    arguments = ["prune", base_gguf, "--plan", plan, "-o", tmp_path / "x.gguf", "--dry-run"]
+    done = subprocess.run([sys.executable, "-m", "gguftool", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0 and ("none were given: `gguftool refit`" in done.stderr) == said
+
+
+def test_a_type_in_small_letters_is_called_by_its_name(line, tmp_path):
+    assert "is Q8_0, " in gguftool("quantize", line / "pruned.gguf", "q8_0", "-o", tmp_path / "x.gguf")
+
+
 def test_inspect_experts_and_check(line):
     out = gguftool("inspect", line / "q4.gguf", "--experts", "--check")
     assert "tiered layout" in out and "expert:width" in out and "no fault found" in out
@@ -149,6 +162,10 @@ def test_calibrate_is_compress_is_step_by_step(checkpoint_dir, tmp_path, runtime
         (["quantize", "{base}", "IQ2_XS", "-o", "{new}"], 1, "importance matrix"),
         (["expand", "{base}", "-o", "{new}"], 1, "not a tiered file"),
         (["inspect", "{text}"], 1, "not a GGUF"),
+        (["inspect", "{model}"], 1, "a folder, no GGUF; `gguftool convert` makes one"),
+        (["validate", "{base}", "{model}", "--data", "{text}"], 1, "a folder, no GGUF"),
+        (["validate", "{model}", "{base}", "--data", "{text}"], 1, "a folder, no GGUF"),
+        (["plan", "{base}", "--ratio", "0.4", "-o", "{new}"], 1, "a GGUF, no stats file"),
         (["validate", "{base}", "{pruned}", "--data", "{empty}"], 1, "empty"),
         (["validate", "{base}", "{missing}", "--data", "{text}"], 1, "no such file"),
         (["validate", "{base}", "{pruned}", "--data", "{text}", "--backend", "cpu,metal"], 1, "runtime build --backend metal"),
@@ -162,6 +179,8 @@ def test_calibrate_is_compress_is_step_by_step(checkpoint_dir, tmp_path, runtime
         (["calibrate", "{model}", "--data", "{empty}", "-o", "{new}"], 1, "empty"),
         (["convert", "{empty_dir}", "-o", "{new}"], 1, "not a Hugging Face checkpoint"),
         (["compress", "{model}", "--ratio", "0.4", "--data", "{missing}", "--eval", "{text}", "-o", "{new}"], 1, "no such"),
+        (["compress", "{model}", "--ratio", "0.4", "--data", "{text}", "--eval", "{text}", "-o", "{text}"], 1, "names a folder"),
+        (["verify", "{missing}"], 1, "no such record of a run; `gguftool compress` leaves one"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(arguments, code, message, line, base_gguf, checkpoint_dir, eval_text, tmp_path):

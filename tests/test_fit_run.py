@@ -358,7 +358,7 @@ def test_a_search_as_a_report_shows_it() -> None:
 
 def test_a_budget_that_is_none_is_refused_before_anything(folder, tmp_path) -> None:
     said = typed(*asked(folder), "--fit", "much", "-o", tmp_path / "out", code=1)
-    assert "fit: 'much' is no size" in said and not (tmp_path / "out").exists()
+    assert "the budget: 'much' is no size" in said and not (tmp_path / "out").exists()
     said = typed(*asked(folder), "--fit", "1MiB", "-o", tmp_path / "out", code=1)
     assert "is too small" in said
     assert load_report(tmp_path / "out").status.state == "failed"

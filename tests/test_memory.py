@@ -47,7 +47,8 @@ def no_whole_model(monkeypatch):
         ("800MiB", 800 << 20),
         ("1.5gb", 1_500_000_000),
         ("64 kB", 64_000),
-        ("7", 7),
+        ("7B", 7),
+        ("1048576", 1 << 20),
     ],
 )
 def test_sizes_are_read(text, size):
@@ -60,6 +61,7 @@ def test_what_is_no_size_says_why():
         "big": "'big' is no size",
         "-3GiB": "no size",
         "0MiB": "less than one byte",
+        "12": "did you mean 12GiB",
         "": "''",
     }
     for text, message in cases.items():

@@ -233,9 +233,9 @@ def test_what_cannot_be_is_refused_with_the_numbers(recipe, message):
         make_plan(make_stats(), Recipe(**recipe))
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 40.0, float("nan")])
 def test_ratio_is_a_share(ratio):
-    with pytest.raises(GgufToolError, match="share"):
+    with pytest.raises(GgufToolError, match="share from 0 up to, but without, 1: write 40 % as 0.4"):
         Recipe("global", ratio)
 
 

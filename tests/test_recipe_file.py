@@ -55,6 +55,17 @@ def test_any_text_and_number_comes_back(text, ratio, ctx):
     assert loads(dumps(recipe), Path("/")) == recipe
 
 
+def test_a_model_of_the_hub_stays_one_unless_a_folder_of_its_name_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loads('model = "owner/A-Model"', tmp_path).model == Path("owner/A-Model")
+    assert 'model = "owner/A-Model"' in dumps(RunRecipe(model=Path("owner/A-Model")))
+    for path in ("./owner/A-Model", "../owner", "/owner/A-Model", "A-Model", "a/b/c"):
+        assert loads(f'model = "{path}"', tmp_path).model == tmp_path / path
+    (tmp_path / "owner" / "A-Model").mkdir(parents=True)
+    assert loads('model = "owner/A-Model"', tmp_path).model == tmp_path / "owner" / "A-Model"
+    assert f'model = "{tmp_path}/owner/A-Model"' in dumps(RunRecipe(model=Path("owner/A-Model")))
+
+
 def test_relative_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     (tmp_path / "a:b@2").mkdir()
     folder = tmp_path / "a:b@2"

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
 from gguftool import runtime as rt
 from gguftool import runtime_base, runtime_build, toolchain
+from gguftool.cli import cli
 from gguftool.devices import devices
 from gguftool.errors import GgufToolError
 
@@ -67,6 +69,9 @@ def test_without_a_runtime_the_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("GGUFTOOL_CACHE", str(tmp_path))
     with pytest.raises(GgufToolError, match="gguftool runtime build"):
         rt.require()
+    done = CliRunner().invoke(cli, ["runtime", "info"])
+    assert done.exit_code == 0 and "built:        False" in done.stdout
+    assert "run `gguftool runtime build`" in done.stderr
 
 
 @pytest.fixture
