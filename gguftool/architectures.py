@@ -27,6 +27,10 @@ from typing import Any
 from .errors import GgufToolError
 
 
+# How the down projection of a dense layer is called in a GGUF, and every matrix of a shared expert.
+DENSE, SHARED = ".ffn_down.weight", "_shexp.weight"
+
+
 @dataclass(frozen=True)
 class Converted:
     """A tensor that the converter does not only rename: in a layer its name ends in `suffix`; `rule` is one of
@@ -63,6 +67,8 @@ class Architecture:
         predictor_names: (in the checkpoint, inside the layer behind the last one) of such layers with names of their own.
         width_key, count_key, top_k_key: config.json's keys for the neurons of one expert, the routed experts, and the
             experts used by a token.
+        shared_tied: whether llama.cpp sizes the shared experts by the width of the others: a family whose converter writes no
+            `expert_shared_feed_forward_length`.
         norm_topk: whether the weights of a token's experts are made to add up to 1; None where config.json's
             `norm_topk_prob` says so.
         expert_order: in which the converter writes single experts' stacks.
@@ -95,10 +101,18 @@ class Architecture:
     width_key: str = "moe_intermediate_size"
     count_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
+    shared_tied: bool = False
     norm_topk: bool | None = None
     expert_order: tuple[str, ...] = ("down", "gate", "up")
     converted: tuple[Converted, ...] = ()
     refused: tuple[tuple[str, object, str], ...] = ()
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """How names of tensors end that llama.cpp sizes by the experts' width."""
+        # Where config.json has one width, the GGUF has one: a dense layer's would be the same.
+        dense = (DENSE,) if self.width_key == "intermediate_size" else ()
+        return (SHARED,) * self.shared_tied + dense
 
 
 BIASED = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
@@ -164,6 +178,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "DeepSeek-V2-Lite",
         "latent attention, shared experts, dense first layers",
         count_key="n_routed_experts",
+        shared_tied=True,
         norm_topk=False,
         converted=KV_B,
         refused=(
@@ -182,6 +197,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "latent attention, sigmoid router with groups and a bias that only chooses, shared expert, dense first layers",
         router_rows=BIASED,
         count_key="n_routed_experts",
+        shared_tied=True,
         predictors="skipped",
         converted=KV_B,
     ),
@@ -193,6 +209,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "sigmoid router with a bias that only chooses, shared expert, dense first layers; MTP layers stay whole",
         router_rows=BIASED,
         count_key="n_routed_experts",
+        shared_tied=True,
         predictors="kept",
     ),
     Architecture(
@@ -308,6 +325,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "sigmoid router with a bias that only chooses, shared experts, dense first layers",
         router_rows=BIASED,
         count_key="n_routed_experts",
+        shared_tied=True,
     ),
     Architecture(
         "minimax_m2",
@@ -345,6 +363,12 @@ LEFT_OUT = {
     "llama4_text": "its experts are not told which of them were chosen, and get inputs that the router has weighted",
     "hunyuan_v1_moe": "its converter reads lists with a value for every layer from config.json, which nothing here does",
 }
+
+
+def tied_in(gguf_arch: str) -> tuple[str, ...]:
+    """`Architecture.tied` of the families that are called `gguf_arch` in a GGUF; of an unknown one all that can be tied."""
+    rows = [row for row in ARCHITECTURES if row.gguf_arch == gguf_arch]
+    return tuple(end for end in (SHARED, DENSE) if not rows or any(end in row.tied for row in rows))
 
 
 def for_model_type(model_type: str) -> Architecture:

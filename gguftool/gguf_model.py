@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .architectures import DENSE, SHARED
 from .cut import KEY
 from .encoding import FLOATS, file_type_name
 from .errors import GgufToolError
@@ -80,6 +81,7 @@ class GgufModel:
             n_expert_used=self.n_expert_used, n_ff_exp=self.n_ff_exp, n_embd=self.n_embd, n_vocab=self.n_vocab,
             tensors=file.tensors, n_group=max(1, file.arch_integer("expert_group_count", 1)),
             n_group_used=max(1, file.arch_integer("expert_group_used_count", 1)), norm_topk=self.norm_topk,
+            tied=tied(file),
         )  # fmt: skip
 
     def down(self, layer: int, expert: int, ggml: Path) -> Tensor:
@@ -98,6 +100,15 @@ class GgufModel:
         if found is None:
             raise GgufToolError(f"{self.path}: has no {name}")
         return found
+
+
+def tied(file: GgufFile) -> tuple[str, ...]:
+    """How names of tensors end that llama.cpp sizes by the experts' width, because no key of the metadata is theirs.
+
+    It sizes shared experts, and some architectures dense layers, by the same key as the experts where they have none.
+    """
+    keys = {"expert_shared_feed_forward_length": SHARED, "expert_feed_forward_length": DENSE}
+    return tuple(end for key, end in keys.items() if file.arch_value(key, None) is None)
 
 
 def is_gguf(path: Path) -> bool:

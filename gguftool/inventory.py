@@ -153,6 +153,7 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         n_group_used=checkpoint.n_group_used,
         norm_topk=checkpoint.norm_topk,
         n_predict=checkpoint.n_predict,
+        tied=checkpoint.architecture.tied,
     )
 
 

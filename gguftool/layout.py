@@ -11,10 +11,8 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import GgufToolError
-from .plan import LayerPlan, PrunePlan, Tier
+from .plan import STOCK, TIERED, LayerPlan, PrunePlan, Tier
 from .tensors import BLOCKS, TensorSpec
-
-STOCK, TIERED = "stock", "tiered"
 
 _NAME = re.compile(
     r"blk\.(?P<layer>\d+)\.(?:ffn_(?P<part>gate|up|down|gate_up)_exps(?:\.(?P<tier>\d+))?\.(?P<suffix>weight|bias|scale|input_scale)"
@@ -60,9 +58,42 @@ def map_name(layer: int) -> str:
     return f"blk.{layer}.ffn_exps_tier.weight"
 
 
-def layout_of(plan: PrunePlan) -> str:
-    """`stock` where every llama.cpp can read the result, else `tiered`."""
-    return STOCK if plan.uniform else TIERED
+def decide(plan: PrunePlan, base: Sequence[TensorSpec], tied: tuple[str, ...], whole: Container[int]) -> str:
+    """`stock` where every llama.cpp can read the result, else `tiered`.
+
+    Args:
+        base: every tensor of the unpruned file.
+        tied, whole: as `bystanders` takes them.
+
+    Raises GgufToolError where the recipe wants a stock file and there can be none.
+    """
+    if not plan.uniform:
+        return TIERED
+    others = bystanders(plan, base, tied, whole)
+    if others and plan.recipe.layout == STOCK:
+        raise GgufToolError(
+            f"{others[0]} would have to change with the experts, because a stock file says their number and width once; "
+            "leave --layout stock out"
+        )
+    return TIERED if others else STOCK
+
+
+def bystanders(
+    plan: PrunePlan, base: Sequence[TensorSpec], tied: tuple[str, ...], whole: Container[int]
+) -> tuple[str, ...]:
+    """Tensors that a uniform plan does not prune, but whose size a stock file would change with the experts'.
+
+    Args:
+        tied: how names of tensors end that llama.cpp sizes by the experts' width: of shared experts or dense layers.
+        whole: layers with experts that the plan does not know; they stay as they are.
+    """
+    if all(untouched(layer, plan) for layer in plan.layers):
+        return ()
+    names = [spec.name for spec in base]
+    found = [name for name in names if (parsed := parse(name)) and parsed.layer in whole]
+    if plan.layers[0].widths[0] != plan.n_ff_exp:
+        found += [name for name in names if name.endswith(tied)]
+    return tuple(found)
 
 
 def untouched(layer: LayerPlan, plan: PrunePlan) -> bool:
@@ -93,7 +124,7 @@ def pieces(
     base: Sequence[TensorSpec],
     twins: dict[str, str],
     *,
-    layout: str | None = None,
+    layout: str,
     whole: Container[int] = (),
 ) -> tuple[Piece, ...]:
     """Every tensor of the pruned file, in the base file's order, a layer's tier map before its first tier.
@@ -101,7 +132,7 @@ def pieces(
     Args:
         base: every tensor of the unpruned file.
         twins: 32-block type of about the same size, for a type whose blocks do not fit a width.
-        layout: `layout_of(plan)`, or tiered where the file cannot hold the plan as a stock file.
+        layout: what `decide` said.
         whole: layers that the plan need not know; they stay as they are.
 
     Raises:
@@ -109,7 +140,7 @@ def pieces(
     """
     plan.check()
     layers = {layer.index: layer for layer in plan.layers}
-    stock = (layout or layout_of(plan)) == STOCK
+    stock = layout == STOCK
     out: list[Piece] = []
     used: set[int] = set()
     for spec in base:

@@ -42,7 +42,7 @@ class Method:
     """A named method.
 
     Attributes:
-        stock: its plans always fit the stock layout.
+        stock: its plans are uniform, so that a stock file holds them wherever it can (see `layout.decide`).
         refitted: how the weights of its plans are refitted, "plain" or "sequential"; "" where a plan stands without.
     """
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import encoding, layout
+from .architectures import tied_in
 from .errors import GgufToolError
 from .methods import check_lengths, check_options, method
 from .plan import PrunePlan
@@ -52,9 +53,12 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
         notes=(*decision.notes, *_unrouted(stats)),
     )
     plan.check()
-    plan = replace(plan, notes=(*plan.notes, *_rounding(plan)))
     predictors = range(facts.block_count - facts.n_predict, facts.block_count)
-    tensors = tuple(piece.spec for piece in layout.pieces(plan, facts.tensors, encoding.TWINS, whole=predictors))
+    tied = tied_in(facts.gguf_arch) if facts.tied is None else facts.tied
+    kind = layout.decide(plan, facts.tensors, tied, predictors)
+    plan = replace(plan, notes=(*plan.notes, *_rounding(plan)), layout=kind)
+    pieces = layout.pieces(plan, facts.tensors, encoding.TWINS, layout=kind, whole=predictors)
+    tensors = tuple(piece.spec for piece in pieces)
     # A plan that keeps everything gives the stock file, which llama.cpp quantizes with its own fallbacks.
     mix = replace(mix, twins=plan.kept_share < 1)
     encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()

@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,18 +28,21 @@ from gguftool.corpus import load_domain
 from gguftool.dern import dern
 from gguftool.errors import GgufToolError
 from gguftool.experts import canonical
+from gguftool.fit_solve import Solver
 from gguftool.forward import LayerStream
 from gguftool.gguf_file import GgufFile
 from gguftool.inspection import check, inspect
-from gguftool.inventory import gguf_tensors
+from gguftool.inventory import gguf_tensors, model_facts
 from gguftool.overrides import Overrides
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
+from gguftool.prepare import Prepared
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
 from gguftool.recipe import Recipe
 from gguftool.refit import refit
 from gguftool.sequential import refit_sequentially
-from gguftool.stats import Domain
+from gguftool.stats import CalibrationStats, Domain
+from gguftool.workspace import Workspace
 from gguftool.writer import prune
 from llama_tools import run as llama
 from models import sample_text
@@ -126,6 +130,30 @@ def test_from_checkpoint_to_pruned_file(name, checkpoints, bases, runtime, tmp_p
     assert difference(found["tiers"], masked(checkpoint, tiers)) < BOUND
     assert difference(found["drop"], masked(checkpoint, drop)) < BOUND
     assert min(difference(found[label], found["whole"]) for label in ("tiers", "drop")) > 20 * BOUND
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_plan_says_what_the_file_will_be(name, written, tmp_path):
+    """Layout and every tensor, of a plan from the checkpoint alone; `fit` knows the bytes of what is written from it."""
+    _, directory, base = written[name]
+    checkpoint = open_checkpoint(directory)
+    stats = CalibrationStats.blank(model_facts(checkpoint))
+    source = Prepared(checkpoint, base, stats, ())
+    work = Workspace(tmp_path / "work", lambda _: None)
+    for method, ratio in (("enp", 0.5), ("gated-sum", 0.34), ("gated-sum", 0.0)):
+        recipe = Recipe(method, ratio, target="Q8_0", align=32)
+        plan = make_plan(stats, recipe)
+        made = prune(base, plan, tmp_path / f"{method}{ratio}.gguf")
+        file = GgufFile(tmp_path / f"{method}{ratio}.gguf")
+        assert made.layout == plan.layout == str(file.value("gguftool.layout", "stock")) and made.notes == []
+        assert made.layout == ("tiered" if (name, method) in TIED and ratio else "stock")
+        choice = Solver(SimpleNamespace(), work, source, 1 << 40, 64, recipe).cut("Q8_0", ratio)
+        assert [spec.name for spec in choice.outline.specs] == [spec.name for spec in file.tensors]
+
+
+# Experts that go are still in a layer which predicts further tokens; narrower ones would make the shared expert narrower.
+TIED = {(name, "enp") for name in ("deepseek_v2", "deepseek_v3", "dots1")}
+TIED |= {(name, how) for name in ("glm4_moe", "qwen3_next", "qwen3_5_moe") for how in ("enp", "gated-sum")}
 
 
 def loaded(checkpoint: Checkpoint):
