@@ -81,7 +81,7 @@ class GgufModel:
             n_expert_used=self.n_expert_used, n_ff_exp=self.n_ff_exp, n_embd=self.n_embd, n_vocab=self.n_vocab,
             tensors=file.tensors, n_group=max(1, file.arch_integer("expert_group_count", 1)),
             n_group_used=max(1, file.arch_integer("expert_group_used_count", 1)), norm_topk=self.norm_topk,
-            tied=tied(file),
+            n_predict=file.arch_integer("nextn_predict_layers", 0), tied=tied(file),
         )  # fmt: skip
 
     def down(self, layer: int, expert: int, ggml: Path) -> Tensor:

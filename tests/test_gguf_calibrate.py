@@ -40,6 +40,8 @@ from gguftool.requant import dequantize_rows, quantize_rows
 from gguftool.stats import CalibrationStats, Domain
 from gguftool.tensors import TensorSpec
 from gguftool.writer import prune
+from test_oracles import difference, logits
+from test_shapes import with_predictor
 from tiny_archs import ARCHS, tiny_ggufs, tiny_model
 
 # Tiny models without a row in `architectures`, or not like the built-in one: biases, merged gate and up, a number for each
@@ -204,6 +206,25 @@ def test_neurons_outputs_and_weights_belong_together(name, tiny, llama, tmp_path
         ]
         assert near(found.expert("gate_sq_norm_sq")[place], np.array(want))
         assert near(found.neurons["gate_sq_h_sq"][place], grams.diagonal(dim1=1, dim2=2).numpy())
+
+
+@pytest.mark.parametrize("method", ["global", "gated-sum"])
+def test_layers_that_predict_further_tokens_are_left_alone(method, tiny, llama, runtime, tmp_path):
+    """From a GGUF that has one to a quantized file: no forward pass runs it, no plan knows it."""
+    base = with_predictor(tiny["glm4moe"], tmp_path / "base.gguf")
+    found = calibrate_gguf(open_gguf(base), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert (found.model.block_count, found.model.n_predict, found.model.moe_layers) == (4, 1, (1, 2))
+    plan = make_plan(found, Recipe(method, 0.34, target="Q4_K_M"))
+    report = prune(base, plan, tmp_path / "pruned.gguf")
+    assert report.layout == plan.layout == "tiered" and report.notes == []
+    tools = QuantizeTool(runtime.tool("llama-quantize"))
+    made = quantize(tmp_path / "pruned.gguf", "Q4_K_M", tmp_path / "out.gguf", imatrix=found, tools=tools)
+    assert [(spec.name, spec.type) for spec in made.tensors] == [(spec.name, spec.type) for spec in plan.encoded]
+    experts = [spec for spec in made.tensors if spec.name.startswith("blk.3.ffn_") and "_exps" in spec.name]
+    assert [spec.ne[2] for spec in experts] == [6, 6, 6]
+    tokens = np.arange(1, 97)
+    ours, whole = logits(runtime, tokens, tmp_path, tmp_path / "out.gguf", base, n_batch=40)
+    assert np.isfinite(ours).all() and difference(ours, whole) > 0.05
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
