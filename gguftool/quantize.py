@@ -76,8 +76,8 @@ def quantize(
     """Writes `source` as `out` in the encoding `target`; `source` is only read. `dry_run`: checks and counts only.
 
     Raises:
-        GgufToolError: an unknown target, an output that exists, too little disk, a source that is quantized already,
-            an encoding that needs an importance matrix and has none, a failure of llama-quantize (its own words are
+        GgufToolError: an unknown target, an output that exists, too little disk, a source that is quantized already (without
+            `allow_requantize`), an encoding that needs an importance matrix and has none, a failure of llama-quantize (its own words are
             given), or a result in which a tensor has another type than was asked for. No output is left behind.
     """
     if not dry_run:
@@ -293,8 +293,8 @@ def _refuse_requantizing(file: GgufFile, specs: Sequence[TensorSpec]) -> None:
     ]
     if again:
         raise GgufToolError(
-            f"{file.path}: {len(again)} tensors are quantized already ({again[0].name} is {again[0].type}); "
-            "quantize the BF16 file instead"
+            f"{file.path}: {len(again)} tensors are quantized already ({again[0].name} is {again[0].type}); quantize the "
+            "BF16 file instead, or, where there is none, --allow-requantize"
         )
 
 

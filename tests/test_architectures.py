@@ -28,15 +28,17 @@ from gguftool.corpus import load_domain
 from gguftool.dern import dern
 from gguftool.errors import GgufToolError
 from gguftool.experts import canonical
-from gguftool.fit_solve import Solver
+from gguftool.fit_solve import Solver, targets_for
 from gguftool.forward import LayerStream
 from gguftool.gguf_file import GgufFile
 from gguftool.inspection import check, inspect
 from gguftool.inventory import gguf_tensors, model_facts
+from gguftool.outline import Base
 from gguftool.overrides import Overrides
+from gguftool.pipeline import produce
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
-from gguftool.prepare import Prepared
+from gguftool.prepare import Job, Prepared
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
 from gguftool.recipe import Recipe
 from gguftool.refit import refit
@@ -294,6 +296,27 @@ def test_experts_in_mxfp4_are_read_as_llama_cpp_reads_them(checkpoints, runtime,
     assert check(inspect(GgufFile(tmp_path / "pruned.gguf"))) == []
     whole, ours = logits(runtime, TOKENS, tmp_path, base, tmp_path / "pruned.gguf")
     assert np.isfinite(ours).all() and difference(ours, whole) > 0.05
+
+
+def test_experts_in_mxfp4_are_quantized_again_and_the_run_says_so(checkpoints, runtime, llama, tmp_path):
+    """gpt-oss's own checkpoint has no unquantized one behind it: every step, to another type and to its own."""
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(600))
+    job = Job(
+        in_mxfp4(checkpoints["gpt_oss"], tmp_path / "model"), [text], [text], runtime, llama, lambda *_: None, n_ctx=64,
+        windows=4, eval_windows=2, pre_tokenizer="qwen2",
+    )  # fmt: skip
+    for target, twice in (("Q4_K_M", True), ("MXFP4_MOE", False)):
+        made = produce(job, tmp_path / "out", Recipe("auto", 0.4, target=target), lambda _: None)
+        assert any("MXFP4 experts, so these were quantized twice" in note for note in made.notes) == twice
+        assert made.built.plan is not None and made.built.plan.layout == "tiered"
+        for file, planned in ((made.built.path, made.built.plan.encoded), (made.rivals[0].path, None)):
+            tensors = GgufFile(file).tensors
+            assert ("MXFP4" in {spec.type for spec in tensors}) != twice
+            assert planned is None or {(t.name, t.type) for t in tensors} == {(t.name, t.type) for t in planned}
+    # `fit` tries the type that keeps the experts, and none that takes more than the original.
+    kept, notes = targets_for(made.source, ("Q8_0", "Q4_0"), Base.open(made.source.base))
+    assert kept == ["MXFP4_MOE", "Q4_0"] and notes[0].startswith("Q8_0: not tried")
 
 
 def in_mxfp4(source: Path, out: Path) -> Path:
