@@ -69,6 +69,7 @@ class Architecture:
             experts used by a token.
         shared_tied: whether llama.cpp sizes the shared experts by the width of the others: a family whose converter writes no
             `expert_shared_feed_forward_length`.
+        heads_by_layer: whether the converter writes 0 key-value heads for layers without attention.
         norm_topk: whether the weights of a token's experts are made to add up to 1; None where config.json's
             `norm_topk_prob` says so.
         expert_order: in which the converter writes single experts' stacks.
@@ -102,6 +103,7 @@ class Architecture:
     count_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
     shared_tied: bool = False
+    heads_by_layer: bool = False
     norm_topk: bool | None = None
     expert_order: tuple[str, ...] = ("down", "gate", "up")
     converted: tuple[Converted, ...] = ()
@@ -139,6 +141,7 @@ GRANITE: dict[str, Any] = {
     "converted": (Converted("shared_mlp.input_linear.weight", "halves", ("ffn_gate_shexp", "ffn_up_shexp")),),
 }
 GRANITE_HYBRID = GRANITE | {
+    "heads_by_layer": True,
     "converted": (
         *GRANITE["converted"],
         Converted("mamba.conv1d.weight", "squeezed"),
@@ -293,6 +296,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         gate="w1",
         up="w3",
         down="w2",
+        heads_by_layer=True,
         expert_order=W_ORDER,
         converted=(
             Converted("conv.conv.weight", "squeezed"),

@@ -31,9 +31,7 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
             f"--layout stock: {recipe.method} gives experts different widths, which only the tiered layout can hold; "
             "take a whole-expert method or enp, or leave --layout out"
         )
-    mix = encoding.MixFacts.of_tensors(
-        facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert, has_imatrix=recipe.imatrix
-    )
+    mix = encoding.MixFacts.of_model(facts, has_imatrix=recipe.imatrix)
     align = recipe.align or _alignment(stats, recipe, mix)
     if align > facts.n_ff_exp:
         raise GgufToolError(f"--align {align}: experts have only {facts.n_ff_exp} neurons")

@@ -23,7 +23,7 @@ from .durable import full, held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
-from .gguf_model import OWN
+from .gguf_model import OWN, first, n_gqa
 from .hf_to_gguf import FINGERPRINT_KEY
 from .plan import LayerPlan, keep_all
 from .processes import ending
@@ -127,13 +127,11 @@ def planned_types(file: GgufFile, target: str, *, has_imatrix: bool = False) -> 
 def mix_facts(file: GgufFile, *, has_imatrix: bool = False) -> MixFacts:
     """What the mix depends on, from a file's metadata; a pruned file counts as the model that it was cut from."""
     pruned = cut.read(file)
-    heads = _first(file.arch_value("attention.head_count", 0))
-    kv_heads = _first(file.arch_value("attention.head_count_kv", heads))
     return MixFacts(
         gguf_arch=file.arch,
         n_layer=int(file.arch_value("block_count")),
-        n_expert=pruned.n_expert if pruned else _first(file.arch_value("expert_count", 0)),
-        n_gqa=heads // kv_heads if kv_heads else 0,
+        n_expert=pruned.n_expert if pruned else first(file.arch_value("expert_count", 0)),
+        n_gqa=n_gqa(file),
         has_imatrix=has_imatrix,
         twins=pruned is not None,
     )
@@ -242,13 +240,6 @@ def _check_stats(file: GgufFile, pruned: cut.Cut | None, stats: CalibrationStats
             f"{file.path} was cut from {pruned.n_expert} experts of {pruned.n_ff_exp} neurons, the stats are of "
             f"{model.n_expert} of {model.n_ff_exp}: they are of another model"
         )
-
-
-def _first(value: object) -> int:
-    """A hyperparameter that may be one number or one for each layer: that of layer 0, as llama.cpp's mix takes it."""
-    if isinstance(value, list | tuple | np.ndarray):
-        return int(value[0])
-    return int(value)  # type: ignore[call-overload]
 
 
 def _tier_rows(layer: LayerPlan, spec: TensorSpec, index: int) -> tuple[int, ...]:

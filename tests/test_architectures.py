@@ -26,11 +26,13 @@ from gguftool.cli import cli
 from gguftool.convert import convert
 from gguftool.corpus import load_domain
 from gguftool.dern import dern
+from gguftool.encoding import MixFacts
 from gguftool.errors import GgufToolError
 from gguftool.experts import canonical
 from gguftool.fit_solve import Solver, targets_for
 from gguftool.forward import LayerStream
 from gguftool.gguf_file import GgufFile
+from gguftool.gguf_model import open_gguf
 from gguftool.inspection import check, inspect
 from gguftool.inventory import gguf_tensors, model_facts
 from gguftool.outline import Base
@@ -39,7 +41,7 @@ from gguftool.pipeline import produce
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
 from gguftool.prepare import Job, Prepared
-from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
+from gguftool.quantize import QuantizeTool, imatrix_entries, mix_facts, quantize
 from gguftool.recipe import Recipe
 from gguftool.refit import refit
 from gguftool.sequential import refit_sequentially
@@ -113,6 +115,36 @@ def test_the_inventory_is_what_the_converter_writes(name, written):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_the_facts_of_a_checkpoint_are_those_of_its_gguf(name, written):
+    """What plans are made from: layers, heads, and what llama.cpp sizes by the experts' width."""
+    _, directory, base = written[name]
+    ours, theirs = model_facts(open_checkpoint(directory)), open_gguf(base).facts()
+    other = {"name", "fingerprint", "model_type", "norm_topk", "tied"}
+    known, found = ({k: v for k, v in vars(facts).items() if k not in other} for facts in (ours, theirs))
+    assert known == found
+    tied = [[t.name for t in facts.tensors if t.name.endswith(facts.tied)] for facts in (ours, theirs)]
+    assert tied[0] == tied[1] and bool(tied[0]) == (name in SHARED)
+    assert MixFacts.of_model(ours) == mix_facts(GgufFile(base))
+
+
+@pytest.mark.parametrize("target", ["Q2_K", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe"])
+def test_linear_attention_gets_the_types_that_were_planned(name, target, written, runtime, tmp_path):
+    """The first layer has none of the heads by which these types go, and the metadata says how many there are."""
+    _, directory, base = written[name]
+    tools = QuantizeTool(runtime.tool("llama-quantize"))
+    for facts in (model_facts(open_checkpoint(directory)), open_gguf(base).facts()):
+        assert facts.n_gqa == 4
+        recipe = Recipe("enp", 0.5, target=target, align=32, imatrix=False)
+        plan = make_plan(CalibrationStats.blank(facts), recipe)
+        prune(base, plan, tmp_path / "pruned.gguf", force=True)
+        made = quantize(tmp_path / "pruned.gguf", target, tmp_path / "out.gguf", tools=tools, force=True)
+        types = {spec.name: spec.type for spec in GgufFile(made.path).tensors}
+        assert types == {spec.name: spec.type for spec in plan.encoded}
+        assert types["blk.0.attn_qkv.weight"] == {"Q2_K": "Q5_0", "IQ4_XS": "Q5_1"}[target]
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_from_checkpoint_to_pruned_file(name, checkpoints, bases, runtime, tmp_path):
     """Calibrated, planned by neurons and by whole experts, pruned: the runtime's logits are those of masked torch."""
     checkpoint, base = open_checkpoint(checkpoints[name]), bases[name]
@@ -154,7 +186,8 @@ def test_the_plan_says_what_the_file_will_be(name, written, tmp_path):
 
 
 # Experts that go are still in a layer which predicts further tokens; narrower ones would make the shared expert narrower.
-TIED = {(name, "enp") for name in ("deepseek_v2", "deepseek_v3", "dots1")}
+SHARED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1")
+TIED = {(name, "enp") for name in SHARED}
 TIED |= {(name, how) for name in ("glm4_moe", "qwen3_next", "qwen3_5_moe") for how in ("enp", "gated-sum")}
 
 

@@ -45,5 +45,7 @@ def test_the_facts_of_the_router(tmp_path):
     assert (plain.n_group, plain.n_group_used, plain.norm_topk) == (1, 1, True)
     groups = model_facts(open_checkpoint(tiny_checkpoint(tmp_path / "groups", n_group=3, topk_group=2)))
     assert (groups.n_group, groups.n_group_used) == (3, 2)
-    old = {k: v for k, v in asdict(plain).items() if k not in ("n_group", "n_group_used", "norm_topk")}
-    assert _model_facts(old) == replace(plain, norm_topk=None)
+    assert (plain.tied, plain.n_gqa) == ((), 2) and _model_facts(asdict(plain)) == plain
+    new = ("n_group", "n_group_used", "norm_topk", "n_predict", "tied", "n_gqa")
+    old = {name: value for name, value in asdict(plain).items() if name not in new}
+    assert _model_facts(old) == replace(plain, norm_topk=None, tied=None, n_gqa=None)

@@ -157,7 +157,7 @@ def test_a_plan_that_keeps_all_counts_llama_cpps_own_fallbacks():
     stats = make_stats(n_ff=96, n_embd=256)
     whole, cut = (make_plan(stats, Recipe("global", ratio, target="Q5_K_S", align=32)) for ratio in (0.0, 0.3))
     facts = stats.model
-    own = assign(facts.tensors, "Q5_K_S", MixFacts.of_tensors(facts.tensors, facts.gguf_arch, 3, 8, has_imatrix=True))
+    own = assign(facts.tensors, "Q5_K_S", MixFacts.of_model(facts, has_imatrix=True))
     assert whole.encoded == own
     down = {spec.type for spec in whole.encoded if "ffn_down" in spec.name}
     assert down != {spec.type for spec in cut.encoded if "ffn_down" in spec.name}
