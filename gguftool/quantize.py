@@ -23,7 +23,7 @@ from .durable import full, held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
-from .gguf_model import OWN, first, n_gqa
+from .gguf_model import OWN, fingerprint, first, n_gqa
 from .hf_to_gguf import FINGERPRINT_KEY
 from .plan import LayerPlan, keep_all
 from .processes import ending
@@ -206,7 +206,7 @@ def write_imatrix(entries: Imatrix, stats: CalibrationStats, path: Path) -> None
 def _entries_for(file: GgufFile, target: str, specs: Sequence[TensorSpec], stats: CalibrationStats | None) -> Imatrix:
     entries: Imatrix = {}
     if stats and parse_target(target).default not in FLOATS:
-        pruned = cut.read(file)
+        pruned = None if _are_its_own(stats, file) else cut.read(file)
         _check_stats(file, pruned, stats)
         entries = imatrix_entries(stats, pruned.layers if pruned else (), specs)
     blind = [name for name in needs_imatrix(specs, target) if name not in entries]
@@ -223,16 +223,21 @@ def _entries_for(file: GgufFile, target: str, specs: Sequence[TensorSpec], stats
     return entries
 
 
+def _are_its_own(stats: CalibrationStats, file: GgufFile) -> bool:
+    """Whether this very file was calibrated: then it is whole to the stats, even where it was cut from another before."""
+    return stats.model.fingerprint.startswith(OWN) and stats.model.fingerprint == fingerprint(file)
+
+
 def _check_stats(file: GgufFile, pruned: cut.Cut | None, stats: CalibrationStats) -> None:
     """Raises GgufToolError for stats of another model than the one that the file was cut from."""
     model = stats.model
     # A file that says from which checkpoint it was made is quantized with that one's stats; those of a GGUF are of a file.
     key = f"{cut.KEY}base.fingerprint" if pruned else FINGERPRINT_KEY
     checked = pruned or not model.fingerprint.startswith(OWN)
-    if checked and (fingerprint := file.value(key, "")) and fingerprint != model.fingerprint:
+    if checked and (known := file.value(key, "")) and known != model.fingerprint:
         made, name = ("cut", file.value(f"{cut.KEY}base.name", "a model")) if pruned else ("made", "a checkpoint")
         raise GgufToolError(
-            f"{file.path} was {made} from {name} ({str(fingerprint)[:12]}), the "
+            f"{file.path} was {made} from {name} ({str(known)[:12]}), the "
             f"stats are of {model.name} ({model.fingerprint[:12]}): they are of another model, or of another version"
         )
     if pruned and (pruned.n_expert, pruned.n_ff_exp) != (model.n_expert, model.n_ff_exp):

@@ -30,7 +30,7 @@ from gguftool.gguf_refit import refit_gguf
 from gguftool.gguf_tokenizer import GgufTokenizer
 from gguftool.llama_observer import LlamaRun
 from gguftool.perplexity import open_session
-from gguftool.pipeline import compress
+from gguftool.pipeline import compress, produce
 from gguftool.planner import make_plan
 from gguftool.prepare import Job
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
@@ -435,6 +435,23 @@ def test_a_quantized_gguf_is_quantized_again_and_says_so(job, q4, tmp_path):
     assert any("quantized twice" in note for note in report.notes)
     pruned = GgufFile(next((tmp_path / "out").glob("*GATED-SUM25-Q3_K_M.gguf")))
     assert pruned.value("quantize.imatrix.entries_count") > 0
+
+
+def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(job, tiny, llama, runtime, tmp_path):
+    """Its own stats know nothing of what it was cut from: it, and what is cut from it, take their importance matrix."""
+    once, tools = tmp_path / "once.gguf", QuantizeTool(runtime.tool("llama-quantize"))
+    first = calibrate_gguf(open_gguf(tiny["olmoe"]), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert prune(tiny["olmoe"], make_plan(first, Recipe("reap", 0.34)), once).layout == "stock"
+    recipe = Recipe("auto", 0.4, target="Q4_K_M")
+    made = produce(job(model=once, windows=2), tmp_path / "out", recipe, lambda _: None)
+    again, whole = GgufFile(made.built.path), GgufFile(made.rivals[0].path)
+    assert again.value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
+    assert again.value("gguftool.n_expert") == 4 and whole.arch_value("expert_count") == 4
+    assert min(file.value("quantize.imatrix.entries_count") for file in (again, whole)) > 10
+    # Those of the model before are for the first cut only.
+    quantize(once, "Q4_K_M", tmp_path / "of-first.gguf", imatrix=first, tools=tools)
+    with pytest.raises(GgufToolError, match="was cut from .* they are of another model, or of another version"):
+        quantize(next((tmp_path / "out").glob("*R-F32.gguf")), "Q4_K_M", tmp_path / "no.gguf", imatrix=first, tools=tools)
 
 
 def test_refusals_come_before_the_first_pass(job, q4, tmp_path):
