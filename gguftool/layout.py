@@ -7,6 +7,7 @@ experts to tiers. Both the planner (before anything is written) and the writer t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,34 @@ def bystanders(
     if plan.layers[0].widths[0] != plan.n_ff_exp:
         found += [name for name in names if name.endswith(tied)]
     return tuple(found)
+
+
+def check_routers(plan: PrunePlan, base: Sequence[TensorSpec], n_group: int) -> None:
+    """Raises GgufToolError where experts leave a router that tells them by their number.
+
+    Args:
+        base: every tensor of the unpruned file.
+        n_group: equal groups of neighbouring experts that the router picks from; it tells them by their size.
+    """
+    for layer in plan.layers:
+        found = Counter(expert * n_group // plan.n_expert for expert in layer.router)
+        if len(found) < n_group or len(set(found.values())) > 1:
+            by_group = [found[group] for group in range(min(n_group, plan.n_expert))]
+            raise GgufToolError(
+                f"layer {layer.index}: the router has {n_group} groups and the plan keeps {by_group} experts of them; "
+                "groups must stay equal"
+            )
+    table = hash_table(base)
+    if table and any(len(layer.router) != plan.n_expert for layer in plan.layers):
+        raise GgufToolError(
+            f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed; take a method that "
+            "does not drop whole experts"
+        )
+
+
+def hash_table(base: Sequence[TensorSpec]) -> str | None:
+    """The first tensor that routes tokens to experts by a table of their ids (llama.cpp's `ffn_gate_tid2eid`)."""
+    return next((spec.name for spec in base if "ffn_gate_tid2eid" in spec.name), None)
 
 
 def untouched(layer: LayerPlan, plan: PrunePlan) -> bool:

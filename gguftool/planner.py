@@ -25,6 +25,7 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     facts = stats.model
     how = method(recipe.method)
     check_options(recipe)
+    _check_router(stats, recipe)
     check_lengths(stats, recipe)
     if recipe.layout == "stock" and not how.stock:
         raise GgufToolError(
@@ -51,6 +52,7 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
         notes=(*decision.notes, *_unrouted(stats)),
     )
     plan.check()
+    layout.check_routers(plan, facts.tensors, facts.n_group)
     predictors = range(facts.block_count - facts.n_predict, facts.block_count)
     tied = tied_in(facts.gguf_arch) if facts.tied is None else facts.tied
     kind = layout.decide(plan, facts.tensors, tied, predictors)
@@ -62,6 +64,12 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()
     _check_imatrix(recipe, encoded)
     return replace(plan, tensors=tensors, encoded=encoded)
+
+
+def _check_router(stats: CalibrationStats, recipe: Recipe) -> None:
+    """Raises GgufToolError where --cut-router may let experts go that cannot: with stats of nothing none would yet."""
+    if recipe.cut_router and (table := layout.hash_table(stats.model.tensors)):
+        raise GgufToolError(f"--cut-router: {table} routes tokens by a table of expert ids, so all have to stay; leave it out")
 
 
 def _check_imatrix(recipe: Recipe, encoded: tuple[TensorSpec, ...]) -> None:

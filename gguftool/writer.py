@@ -132,17 +132,7 @@ def _check_model(file: GgufFile, plan: PrunePlan) -> None:
     for key, want in facts.items():
         if (have := file.arch_integer(key)) != want:
             raise GgufToolError(f"{file.path} has {key} {have}, the plan {want}: it was made for another model")
-    groups = file.arch_integer("expert_group_count", 0)
-    for layer in plan.layers if groups > 1 else ():
-        by_group = np.bincount([e * groups // plan.n_expert for e in layer.router], minlength=groups)
-        if len(set(by_group.tolist())) > 1:
-            raise GgufToolError(
-                f"layer {layer.index}: the router has {groups} groups and the plan keeps {by_group.tolist()} experts of "
-                "them; groups must stay equal"
-            )
-    table = next((spec.name for spec in file.tensors if "ffn_gate_tid2eid" in spec.name), None)
-    if table and any(len(layer.router) != plan.n_expert for layer in plan.layers):
-        raise GgufToolError(f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed")
+    layout.check_routers(plan, file.tensors, max(1, file.arch_integer("expert_group_count", 1)))
 
 
 def _check_fingerprint(file: GgufFile, plan: PrunePlan) -> None:
