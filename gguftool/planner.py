@@ -14,7 +14,7 @@ from .errors import GgufToolError
 from .methods import check_lengths, check_options, method
 from .plan import PrunePlan
 from .recipe import Recipe
-from .stats import CalibrationStats
+from .stats import CalibrationStats, ModelFacts
 from .tensors import TensorSpec
 
 DEFAULT_ALIGN = 32
@@ -53,17 +53,21 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     )
     plan.check()
     layout.check_routers(plan, facts.tensors, facts.n_group)
+    plan = _laid_out(replace(plan, notes=(*plan.notes, *_rounding(plan))), facts)
+    # A plan that keeps everything gives the stock file, which llama.cpp quantizes with its own fallbacks.
+    mix = replace(mix, twins=plan.kept_share < 1)
+    encoded = encoding.assign(plan.tensors, recipe.target, mix) if recipe.target else ()
+    _check_imatrix(recipe, encoded)
+    return replace(plan, encoded=encoded)
+
+
+def _laid_out(plan: PrunePlan, facts: ModelFacts) -> PrunePlan:
+    """The plan with its layout and the tensors of its file."""
     predictors = range(facts.block_count - facts.n_predict, facts.block_count)
     tied = tied_in(facts.gguf_arch) if facts.tied is None else facts.tied
     kind = layout.decide(plan, facts.tensors, tied, predictors)
-    plan = replace(plan, notes=(*plan.notes, *_rounding(plan)), layout=kind)
     pieces = layout.pieces(plan, facts.tensors, encoding.TWINS, layout=kind, whole=predictors)
-    tensors = tuple(piece.spec for piece in pieces)
-    # A plan that keeps everything gives the stock file, which llama.cpp quantizes with its own fallbacks.
-    mix = replace(mix, twins=plan.kept_share < 1)
-    encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()
-    _check_imatrix(recipe, encoded)
-    return replace(plan, tensors=tensors, encoded=encoded)
+    return replace(plan, layout=kind, tensors=tuple(piece.spec for piece in pieces))
 
 
 def _check_router(stats: CalibrationStats, recipe: Recipe) -> None:

@@ -59,11 +59,11 @@ def test_experts_without_a_neuron_leave_every_group_alike():
     with pytest.raises(GgufToolError, match="8 experts do not divide into the router's 3 groups"):
         leave_router(layer_of(*[8] * 8), replace(facts, n_group=3))
     stats = make_stats()
-    stats.neurons["gate_sq_h_sq"][0, :4] *= 1e-9  # in layer 0 the first group is worth nothing
+    stats.neurons["gate_sq_h_sq"][0, :6] *= 1e-9  # in layer 0 the first group is worth nothing
     stats.neurons["gate_sq_h_sq"][1, 5:] *= 1e-9
     plan = make_plan(replace(stats, model=facts), Recipe("global", 0.7, align=8, cut_router=True))
     counts = [np.bincount([expert // 4 for expert in layer.router]).tolist() for layer in plan.layers]
-    assert all(first == second for first, second in counts) and min(counts) < [4, 4]
+    assert all(first == second for first, second in counts) and counts[0] == [2, 2]
     stays = sum(width == 0 for layer in plan.layers for width in layer.widths)
     assert stays > 0 and any(f"leave the router, {stays} stay: each of its 2 groups" in note for note in plan.notes)
 
