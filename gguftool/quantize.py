@@ -23,7 +23,7 @@ from .durable import full, held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
-from .gguf_model import OWN, fingerprint, first, n_gqa
+from .gguf_model import OWN, fingerprint, first_integer, n_gqa
 from .hf_to_gguf import FINGERPRINT_KEY
 from .plan import LayerPlan, keep_all
 from .processes import ending
@@ -130,7 +130,7 @@ def mix_facts(file: GgufFile, *, has_imatrix: bool = False) -> MixFacts:
     return MixFacts(
         gguf_arch=file.arch,
         n_layer=int(file.arch_value("block_count")),
-        n_expert=pruned.n_expert if pruned else first(file.arch_value("expert_count", 0)),
+        n_expert=pruned.n_expert if pruned else first_integer(file, "expert_count", 0),
         n_gqa=n_gqa(file),
         has_imatrix=has_imatrix,
         twins=pruned is not None,
