@@ -203,7 +203,8 @@ def _entries(
     entries = dict(copied)
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
-    if all(layout.untouched(layer, plan) for layer in plan.layers) and not made_by:
+    # A file that was pruned before says then that it was cut from that one, or its stats would not be known for its own.
+    if all(layout.untouched(layer, plan) for layer in plan.layers) and not made_by and f"{cut.KEY}version" not in entries:
         return entries
     if kind == STOCK:
         width, count = plan.layers[0].widths[0], len(plan.layers[0].router)

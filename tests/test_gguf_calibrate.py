@@ -448,6 +448,9 @@ def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(job, tiny
     assert again.value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
     assert again.value("gguftool.n_expert") == 4 and whole.arch_value("expert_count") == 4
     assert min(file.value("quantize.imatrix.entries_count") for file in (again, whole)) > 10
+    # Where nothing goes, too.
+    same = produce(job(model=once, windows=2), tmp_path / "out", replace(recipe, ratio=0.0), lambda _: None).built.path
+    assert GgufFile(same).value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
     # Those of the model before are for the first cut only.
     quantize(once, "Q4_K_M", tmp_path / "of-first.gguf", imatrix=first, tools=tools)
     with pytest.raises(GgufToolError, match="was cut from .* they are of another model, or of another version"):
