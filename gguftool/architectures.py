@@ -26,7 +26,6 @@ from typing import Any
 
 from .errors import GgufToolError
 
-
 # How the down projection of a dense layer is called in a GGUF, and every matrix of a shared expert.
 DENSE, SHARED = ".ffn_down.weight", "_shexp.weight"
 
@@ -149,7 +148,7 @@ GRANITE_HYBRID = GRANITE | {
         Converted("mamba.D", "column"),
         Converted("mamba.norm.weight", "grouped"),
         Converted("mamba.dt_bias", "renamed", ("mamba.dt_proj.bias",)),
-    )
+    ),
 }
 W_ORDER = ("gate", "down", "up")  # w1, w2, w3
 

@@ -121,7 +121,9 @@ def expand(source: Path, out: Path, dry_run: bool, force: bool, as_json: bool, q
 @click.argument("target")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
-@click.option("--allow-requantize", is_flag=True, help="Quantize again what is quantized already, as gpt-oss's experts are.")
+@click.option(
+    "--allow-requantize", is_flag=True, help="Quantize again what is quantized already, as gpt-oss's experts are."
+)
 @dry_run_option
 @force_option
 @output_options
@@ -141,7 +143,14 @@ def quantize(
     with terminal.progress() as progress:
         tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)
         made = run(
-            source, target, out, imatrix=stats, tools=tool, force=force, allow_requantize=allow_requantize, dry_run=dry_run
+            source,
+            target,
+            out,
+            imatrix=stats,
+            tools=tool,
+            force=force,
+            allow_requantize=allow_requantize,
+            dry_run=dry_run,
         )
     if dry_run:
         _show_dry(terminal, out, list(made.tensors), target)

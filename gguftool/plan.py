@@ -151,7 +151,9 @@ class PrunePlan:
                 raise GgufToolError(f"the plan has layer {layer.index} twice")
             seen.add(layer.index)
         if self.layout == STOCK and not self.uniform:
-            raise GgufToolError("the plan says that its file is stock, but its experts have different widths or numbers")
+            raise GgufToolError(
+                "the plan says that its file is stock, but its experts have different widths or numbers"
+            )
 
     def _check_layer(self, layer: LayerPlan) -> None:
         where = f"layer {layer.index}"

@@ -73,7 +73,9 @@ def _laid_out(plan: PrunePlan, facts: ModelFacts) -> PrunePlan:
 def _check_router(stats: CalibrationStats, recipe: Recipe) -> None:
     """Raises GgufToolError where --cut-router may let experts go that cannot: with stats of nothing none would yet."""
     if recipe.cut_router and (table := layout.hash_table(stats.model.tensors)):
-        raise GgufToolError(f"--cut-router: {table} routes tokens by a table of expert ids, so all have to stay; leave it out")
+        raise GgufToolError(
+            f"--cut-router: {table} routes tokens by a table of expert ids, so all have to stay; leave it out"
+        )
 
 
 def _check_imatrix(recipe: Recipe, encoded: tuple[TensorSpec, ...]) -> None:

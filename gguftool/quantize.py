@@ -77,8 +77,8 @@ def quantize(
 
     Raises:
         GgufToolError: an unknown target, an output that exists, too little disk, a source that is quantized already (without
-            `allow_requantize`), an encoding that needs an importance matrix and has none, a failure of llama-quantize (its own words are
-            given), or a result in which a tensor has another type than was asked for. No output is left behind.
+            `allow_requantize`), an encoding that needs an importance matrix and has none, a failure of llama-quantize (its
+            own words are given), or a result in which a tensor has another type than was asked for. No output is left behind.
     """
     if not dry_run:
         check_output(out, force, source)

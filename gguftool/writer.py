@@ -204,7 +204,11 @@ def _entries(
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
     # A file that was pruned before says then that it was cut from that one, or its stats would not be known for its own.
-    if all(layout.untouched(layer, plan) for layer in plan.layers) and not made_by and f"{cut.KEY}version" not in entries:
+    if (
+        all(layout.untouched(layer, plan) for layer in plan.layers)
+        and not made_by
+        and f"{cut.KEY}version" not in entries
+    ):
         return entries
     if kind == STOCK:
         width, count = plan.layers[0].widths[0], len(plan.layers[0].router)

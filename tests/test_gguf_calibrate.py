@@ -454,7 +454,9 @@ def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(job, tiny
     # Those of the model before are for the first cut only.
     quantize(once, "Q4_K_M", tmp_path / "of-first.gguf", imatrix=first, tools=tools)
     with pytest.raises(GgufToolError, match="was cut from .* they are of another model, or of another version"):
-        quantize(next((tmp_path / "out").glob("*R-F32.gguf")), "Q4_K_M", tmp_path / "no.gguf", imatrix=first, tools=tools)
+        quantize(
+            next((tmp_path / "out").glob("*R-F32.gguf")), "Q4_K_M", tmp_path / "no.gguf", imatrix=first, tools=tools
+        )
 
 
 def test_refusals_come_before_the_first_pass(job, q4, tmp_path):
