@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gguf_models import write_random
-from gguftool import builtin, pipeline
+from gguftool import builtin, pipeline, runs
 from gguftool.crosscheck import CrossCheck
 from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
@@ -109,6 +109,33 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
     assert "--scratch" in typed("verify", place / "out", code=1)
     assert (place / "out.verify" / "mine.txt").read_text() == "dear"
     shutil.rmtree(place / "out.verify")
+
+
+def test_the_folder_that_one_stands_in_can_be_verified(place, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "replay", lambda folder, scratch, _: (seen.append(scratch), scratch.mkdir()) and [])
+    monkeypatch.chdir(place / "out")
+    (place / "out" / "inside").mkdir()
+    for name in (".", "inside/..", "../out"):
+        assert "byte for byte the same" in typed("verify", name)
+    assert seen == 3 * [place / "out.verify"] and not (place / "out.verify").exists()
+    (place / "out" / "inside").rmdir()
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "state.json.partial"]])
+def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, place, monkeypatch):
+    def stopped(folder, scratch, _):
+        scratch.mkdir()
+        for name in left:  # what is there before the state is: `.lock` of a killed one
+            (scratch / name).touch()
+        raise GgufToolError("stopped")
+
+    monkeypatch.setattr(runs, "replay", stopped)
+    assert "stopped" in typed("verify", place / "out", code=1)
+    assert (place / "out.verify").is_dir()
+    monkeypatch.setattr(runs, "replay", lambda *_: [])
+    assert "byte for byte the same" in typed("verify", place / "out")
+    assert not (place / "out.verify").exists()
 
 
 @pytest.mark.parametrize(
