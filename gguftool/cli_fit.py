@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -78,14 +77,16 @@ def fit(
         windows=windows, eval_windows=eval_windows, memory=calibration_memory, pre_tokenizer=pre_tokenizer, device=device,
         backend=backend,
     )  # fmt: skip
-    show_fit(make_terminal(as_json, quiet), recipe, out, targets, every, dry_run)
+    own: dict[str, Any] = {"every": every, "budget_option": "--memory", "ctx_option": "--ctx"}
+    own |= {"targets": targets} if targets else {}
+    show_fit(make_terminal(as_json, quiet), recipe, out, dry_run, **own)
 
 
-def show_fit(
-    terminal: Terminal, recipe: RunRecipe, out: Path, targets: Sequence[str] = (), every: bool = False,
-    dry_run: bool = False,
-) -> None:  # fmt: skip
-    """Searches for the best file for the recipe's budget and shows what came of it; no `targets` stand for the recipe's own."""
+def show_fit(terminal: Terminal, recipe: RunRecipe, out: Path, dry_run: bool, **own: Any) -> None:
+    """Searches for the best file for the recipe's budget and shows what came of it.
+
+    `own` are attributes of `fit.Ask` for what a recipe does not ask.
+    """
     from dataclasses import replace
 
     from .fit import run
@@ -93,7 +94,7 @@ def show_fit(
 
     ask = ask_of(recipe)
     assert ask is not None
-    ask = replace(ask, targets=tuple(targets) or ask.targets, every=every)
+    ask = replace(ask, **own)
     with terminal.progress() as progress:
         job = job_of(recipe, Ears(progress, terminal.say))
         report = run(job, out, ask, terminal.say, dry_run=dry_run)
