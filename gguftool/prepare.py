@@ -90,8 +90,13 @@ class Prepared:
         return self.model.encoding if isinstance(self.model, GgufModel) else _base_encoding(self.stats)
 
     def has_encoding(self, target: str) -> bool:
-        """Whether the base is quantized to `target` already, so that what is cut from it is so too."""
-        return isinstance(self.model, GgufModel) and self.model.encoding == encoding.parse_target(target).name
+        """Whether the base has the types of `target` already, so that what is cut from it has them too."""
+        name = encoding.parse_target(target).name
+        if isinstance(self.model, GgufModel):
+            return self.model.encoding == name
+        facts = self.stats.model
+        mix = encoding.MixFacts.of_tensors(facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert)
+        return name in encoding.FLOATS and encoding.assign(facts.tensors, name, mix) == tuple(facts.tensors)
 
     def again(self, target: str) -> tuple[str, ...]:
         """A note where `target` quantizes what was quantized before."""

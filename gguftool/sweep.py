@@ -195,8 +195,14 @@ class _Bench:
         The unpruned model comes last, each of its types alone, and only for the first seed.
         """
         seed, grid = self.job.seed, self.grid
+        # The base's own type by its name is the same file as without a target.
+        targets = [
+            target
+            for target in grid.targets
+            if target is None or None not in grid.targets or not self.source.has_encoding(target)
+        ]
         cells = [
-            [self._pruned(variant, ratio, target, base_type) for target in grid.targets]
+            [self._pruned(variant, ratio, target, base_type) for target in targets]
             for variant in grid.variants
             for ratio in grid.ratios
         ]

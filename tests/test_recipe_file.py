@@ -44,6 +44,16 @@ def test_a_ratio_and_a_budget_take_each_others_place():
         asked.changed({"fit": "2GiB", "ratio": 0.4})
 
 
+@pytest.mark.parametrize(
+    ("written", "name"), [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), (" q8_0 ", "Q8_0"), ("bf16", "BF16"), ("Q2_K", "Q2_K")]
+)
+def test_a_type_is_called_by_its_own_name_however_it_is_written(written, name):
+    assert RunRecipe(quant=written).quant == RunRecipe().changed({"quant": written}).quant == name
+    recipe = loads(f'quant = "{written}"\nratio = 0.4', Path("/"))
+    assert recipe == RunRecipe(ratio=0.4, quant=name) and recipe.pruning.target == name
+    assert f'quant = "{name}"' in dumps(recipe)
+
+
 def test_every_value_differs_from_its_default_above():
     same = {one.name for one in fields(RunRecipe) if getattr(WHOLE, one.name) == getattr(RunRecipe(), one.name)}
     assert same == {"fit", "fit_ctx", "layout", "device"}
@@ -123,6 +133,7 @@ def test_a_source_is_spelled_as_it_is_parsed(text):
         ("windows = true", "windows = true has to be a whole number"),
         ("guard = 1", "guard = 1 has to be true or false"),
         ("quant = 4", "quant = 4 has to be a text in quotes"),
+        ('quant = "Q4_KM"', "no encoding 'Q4_KM' is known (did you mean Q4_K_M"),
         ('data = "a.txt"', "data = \"a.txt\" has to be a list of texts"),
         ("data = [1]", "data = [1] has to be a list of texts"),
         ('data = ["a.txt@x1"]', "e.txt"),

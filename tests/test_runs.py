@@ -16,10 +16,12 @@ from gguftool.crosscheck import CrossCheck
 from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
 from gguftool.journal import Journal
+from gguftool.recipe import Recipe
 from gguftool.recipe_file import load
 from gguftool.runs import Ears, job_of
 from gguftool.tensors import TensorSpec
 from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
+from gguftool.workspace import Workspace
 from typed import typed
 
 RECIPE = """
@@ -169,6 +171,16 @@ def test_recipes_are_listed_and_printed():
 def made(place, llama):
     job = job_of(load(place / "out" / "recipe.toml"), Ears())
     return job, pipeline.produce(job, place / "out", load(place / "out" / "recipe.toml").pruning, lambda _: None)
+
+
+def test_a_file_in_the_originals_own_type_is_the_pruned_one(made, tmp_path):
+    job, source = made[0], made[1].source
+    assert [source.has_encoding(name) for name in ("bf16", "F16", "F32", "Q8_0")] == [True, False, False, False]
+    work = Workspace(tmp_path, lambda _: None)
+    recipes = [Recipe("global", 0.5, target=target) for target in (None, "BF16")]
+    own, named = (pipeline.build(job, work, source, recipe) for recipe in recipes)
+    assert named.path == own.path == tmp_path / "model-GLOBAL50-BF16.gguf" and own.path.is_file()
+    assert (named.label, named.encoding) == ("global 50 % BF16", "BF16")
 
 
 def assessed(made):
