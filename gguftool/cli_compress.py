@@ -59,7 +59,11 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
 )
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
 @click.option(
-    "--fit", "budget", metavar="SIZE", help="Instead of --ratio: the best file whose run stays below this, see `fit`."
+    "--fit",
+    "budget",
+    metavar="SIZE",
+    help="Instead of --ratio: the best file whose run stays below this, see `fit`. Of a recipe with a ratio it takes the place of "
+    "--quant too.",
 )
 @click.option("--fit-ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that --fit counts.")
 @recipe_options("auto")

@@ -136,9 +136,13 @@ class RunRecipe:
             object.__setattr__(self, "quant", parse_target(self.quant).name)
 
     def changed(self, given: Mapping[str, Any]) -> RunRecipe:
-        """With other values. A ratio takes the place of a budget, and the other way round."""
+        """With other values. A ratio takes the place of a budget, and the other way round.
+
+        A `quant` that stood beside a ratio goes with it: it was half of that answer, and a budget finds both halves. Beside a
+        budget of the recipe's own it is a part of the question, and stays.
+        """
         if given.get("fit") is not None:
-            given = {"ratio": None, **given}
+            given = {"ratio": None, "quant": self.quant if self.fit is not None else None, **given}
         elif given.get("ratio") is not None:
             given = {"fit": None, "fit_ctx": None, **given}
         return replace(self, **given)

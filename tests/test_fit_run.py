@@ -156,7 +156,7 @@ def test_what_is_not_the_same_is_named(pruned, tmp_path) -> None:
     assert "belong together; run compress again" in typed("verify", copy, "--scratch", scratch, code=1)
 
 
-def test_its_recipe_asks_anew(pruned, tmp_path, monkeypatch) -> None:
+def test_a_recipe_asks_anew(pruned, folder, tmp_path, monkeypatch) -> None:
     seen = []
 
     def ask(job, out, ask, say, journal):
@@ -167,10 +167,14 @@ def test_its_recipe_asks_anew(pruned, tmp_path, monkeypatch) -> None:
     typed("compress", "--recipe", pruned / "recipe.toml", "-o", tmp_path / "again", code=1)
     typed("compress", "--recipe", pruned / "recipe.toml", "--quant", "Q6_K", "-o", tmp_path / "again", code=1)
     assert [one.targets for one in seen] == [runs.TARGETS, ("Q6_K",)] and {one.ctx for one in seen} == {CTX}
+    # A budget takes the place of a recipe's ratio and of the type beside it.
+    for given in ([], ["--quant", "q5_k"]):
+        typed("compress", folder / "model", "--recipe", "code", "--fit", "1GiB", *given, "-o", tmp_path / "again", code=1)
+    assert [one.targets for one in seen[2:]] == [runs.TARGETS, ("Q5_K_M",)]
     # A ratio takes the budget's place.
     monkeypatch.setattr(runs, "produce", lambda job, out, pruning, *_, **__: seen.append(pruning) or ask(*[None] * 5))
     typed("compress", "--recipe", pruned / "recipe.toml", "--ratio", 0.3, "-o", tmp_path / "again", code=1)
-    assert seen[2].ratio == 0.3
+    assert seen[-1].ratio == 0.3
 
 
 def test_a_context_that_was_not_named_is_written_out(pruned, tmp_path, monkeypatch) -> None:

@@ -40,6 +40,12 @@ def test_a_ratio_and_a_budget_take_each_others_place():
     assert asked.changed({"quant": "Q8_0"}) == replace(asked, quant="Q8_0")
     assert RunRecipe(ratio=0.4).changed({"fit": "1GiB"}) == RunRecipe(fit="1GiB")
     assert asked.changed({"fit": None, "ratio": 0.4}).fit is None
+    # The type of a recipe with a ratio belongs to the ratio; that of a recipe with a budget, or one given, is asked for.
+    code = RunRecipe(ratio=0.4, quant="Q4_K_M")
+    assert code.changed({"fit": "1GiB"}) == RunRecipe(fit="1GiB")
+    assert code.changed({"fit": "1GiB", "quant": "q6_k"}) == RunRecipe(fit="1GiB", quant="Q6_K")
+    narrow = replace(asked, quant="Q6_K")
+    assert narrow.changed({"fit": "2GiB"}) == replace(narrow, fit="2GiB")
     with pytest.raises(GgufToolError, match="fit finds the ratio"):
         asked.changed({"fit": "2GiB", "ratio": 0.4})
 
