@@ -62,8 +62,8 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
     "--fit",
     "budget",
     metavar="SIZE",
-    help="Instead of --ratio: the best file whose run stays below this, see `fit`. Of a recipe with a ratio it takes the place of "
-    "--quant too.",
+    help="Instead of --ratio: the best file whose run stays below this, see `fit`. In a recipe it takes the place of the "
+    "ratio and of the type beside it.",
 )
 @click.option("--fit-ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that --fit counts.")
 @recipe_options("auto")

@@ -31,7 +31,7 @@ from .layout import parse
 from .memory import gib
 from .outline import Base
 from .pipeline import check_refit
-from .prepare import Job, Prepared, base_gguf, prepare
+from .prepare import Job, Prepared, base_gguf, check_names, prepare
 from .recipe import Recipe
 from .stats import CalibrationStats
 from .workspace import Say, Workspace
@@ -150,6 +150,7 @@ def check(job: Job, ask: Ask) -> None:
     """Raises GgufToolError for what can be known to be impossible at once."""
     if not job.evaluation:
         raise GgufToolError("fit chooses by what files cost on a text: --eval FILE")
+    check_names(job)
     if ask.ctx < 2:
         raise GgufToolError(f"{ask.ctx_option} {ask.ctx}: a context has at least 2 tokens")
     if ask.budget > (have := physical_memory()):

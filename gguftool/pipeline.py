@@ -26,7 +26,7 @@ from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .prediction import noise
-from .prepare import Job, Prepared, prepare
+from .prepare import Job, Prepared, check_names, prepare
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
 from .refit import can_refit, refit_memory
@@ -237,6 +237,7 @@ def produce(
     job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", dry: bool = False, journal: Journal | None = None
 ) -> Produced:  # fmt: skip
     """Every file of one recipe, in `out`; what is there already stays. A `dry` run only finds what that is."""
+    check_names(job)
     watch = job.watch if journal is None else journal.hearing(job.watch)
     work = Workspace(out, say, watch=watch, dry=dry)
     if journal is not None:

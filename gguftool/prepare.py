@@ -193,10 +193,14 @@ def _texts_key(job: Job, domains: Sequence[tuple[Domain, Windows]]) -> dict[str,
     return {"texts": [domain.as_dict() for domain, _ in domains], "windows": windows, "n_ctx": job.n_ctx}
 
 
-def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
+def check_names(job: Job) -> None:
+    """Raises GgufToolError where two evaluation texts have one name: for whoever goes by it, as reports do."""
     stems = [path.stem for path in job.evaluation]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise GgufToolError(f"two evaluation texts are called {twice[0]!r}; the report needs different names")
+
+
+def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
     if job.n_ctx < 4 or (job.eval_windows is not None and job.eval_windows < 1):
         raise GgufToolError(
             f"--ctx {job.n_ctx}, --eval-windows {job.eval_windows}: at least 4 and 1 are needed to score"

@@ -295,6 +295,8 @@ def test_what_cannot_be_asked(job, change, message) -> None:
         check(job, replace(ASK, **change))
     with pytest.raises(GgufToolError, match="--eval"):
         check(replace(job, evaluation=[]), ASK)
+    with pytest.raises(GgufToolError, match="two evaluation texts are called 'x'"):
+        check(replace(job, evaluation=[Path("a/x.txt"), Path("b/x.txt")]), ASK)
 
 
 def test_a_budget_below_the_weights_is_refused_before_anything_is_converted(job, tmp_path, monkeypatch) -> None:

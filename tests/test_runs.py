@@ -151,6 +151,7 @@ def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, pla
         (["model", "--data", "x", "--eval", "x"], 2, "give --ratio or --keep"),
         (["model", "--recipe", "code", "--depth", "1"], 2, "FIRST:LAST"),
         (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
+        (["model", "--recipe", "code", "--eval", "a/x.txt", "--eval", "b/x.txt"], 1, "two evaluation texts are called 'x'"),
     ],
 )
 def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama):
