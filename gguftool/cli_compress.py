@@ -99,6 +99,7 @@ def compress(
     budget, which may be an unpruned one; the report shows what was weighed.
     """
     from .extras import Extras
+    from .fit_report import goal_here
     from .provenance import command_line
     from .recipe_file import find, load
     from .runs import Ears, carry_out, outlook
@@ -118,8 +119,9 @@ def compress(
     with terminal.live(f"{recipe.model} -> {out}", recipe.quant, recipe.fit is not None) as (progress, watch):
         report = carry_out(recipe, out, Ears(progress, terminal.say, watch), extras)
     point_to_report(terminal, out, open_page)
-    goal = [f"{name}: {value}" for name, value in (report.budget or {}).items()]
-    terminal.show(report.as_dict(), report.table(), *goal, *(f"note: {note}" for note in report.notes))
+    goal = goal_here(report.budget, report.rows[0].path) if report.budget else {}
+    lines = [f"{name}: {value}" for name, value in goal.items()] + [f"note: {note}" for note in report.notes]
+    terminal.show(report.as_dict(), report.table(), *lines)
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
 
