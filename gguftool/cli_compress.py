@@ -106,6 +106,7 @@ def compress(
 
     recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
+    extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
     if dry_run and recipe.fit is not None:
         show_fit(terminal, recipe, out, dry_run=True)
         return
@@ -115,7 +116,6 @@ def compress(
         lines = [f"{'is there' if s.there else 'to make ':<9} {_size(s):>12}  {s.name}" for s in steps]
         terminal.show({"path": str(out), "written": False, "steps": [vars(step) for step in steps]}, *lines)
         return
-    extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
     with terminal.live(f"{recipe.model} -> {out}", recipe.quant, recipe.fit is not None) as (progress, watch):
         report = carry_out(recipe, out, Ears(progress, terminal.say, watch), extras)
     point_to_report(terminal, out, open_page)

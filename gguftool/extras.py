@@ -26,7 +26,7 @@ class Extras:
     """What to add.
 
     Attributes:
-        measure: whether to run models for it and to read all files again for their hashes.
+        measure: whether to run models for it and to read the inputs again for their hashes.
         prompts: what the models are to go on from; by default how the evaluation texts begin.
         command: the command line, to be repeated.
     """
@@ -34,6 +34,10 @@ class Extras:
     measure: bool = True
     prompts: tuple[str, ...] = ()
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.prompts and not self.measure:
+            raise GgufToolError("--no-extras runs no model that could go on from --prompt; leave one of the two out")
 
 
 # All of it, with the default prompts.

@@ -129,6 +129,8 @@ class RunRecipe:
                 raise GgufToolError(f"{name} {value} is less than {least}")
         if self.fit is not None and self.ratio is not None:
             raise GgufToolError("fit finds the ratio; leave ratio (--ratio, --keep) out")
+        if self.fit_ctx is not None and self.ratio is not None:
+            raise GgufToolError("fit_ctx (--fit-ctx) is the context of a budget, and a ratio has none; leave it out")
         # A Recipe checks the rest; where the ratio is still open, any will do.
         self._recipe(0.0 if self.ratio is None else self.ratio)
         if self.quant is not None:

@@ -86,9 +86,10 @@ def test_the_lines_of_the_readme_run(checkpoint_dir, base_gguf, tmp_path, monkey
     again = gguftool.plan(CalibrationStats.load(Path("stats.safetensors")), method="auto", ratio=0.4, target="Q4_K_M")
     assert again.kept_hash == found["plan"].kept_hash
     report = gguftool.compress(
-        "base.gguf", out="out", recipe="code", data=["code.txt"], eval=["wiki.txt"], method="global", quant="Q8_0",
-        windows=2, eval_windows=1, backend="cpu",
+        "base.gguf", out="out", recipe="code", data=["code.txt"], eval=["wiki.txt"], method="global", quant="q8_0",
+        windows=2, eval_windows=1, backend="cpu", no_extras=True,
     )  # fmt: skip
+    assert "speed" not in report.facts and "provenance" in report.facts
     assert report.failures == () and gguftool.verify("out", fast=True) == []
     with open(next((tmp_path / "out").glob("*GLOBAL40-Q8_0.gguf")), "ab") as file:
         file.write(b"x")
@@ -98,9 +99,33 @@ def test_the_lines_of_the_readme_run(checkpoint_dir, base_gguf, tmp_path, monkey
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
+def test_what_the_report_has_besides_is_the_callers(tmp_path, monkeypatch):
+    from gguftool import runs
+    from gguftool.extras import ALL, Extras
+
+    seen = []
+
+    def carry_out(recipe, out, ears, extras):
+        seen.append(extras)
+        raise GgufToolError("enough")
+
+    monkeypatch.setattr(runs, "carry_out", carry_out)
+    for given in ({}, {"prompts": ["Hello", "def f("]}, {"no_extras": True}):
+        with pytest.raises(GgufToolError, match="enough"):
+            gguftool.compress("x", out=tmp_path, data=["a"], eval=["b"], ratio=0.4, **given)
+    assert seen == [ALL, Extras(True, ("Hello", "def f(")), Extras(False)]
+    options = {option.name for option in cli.commands["compress"].params}
+    own = {"prompts", "no_extras", "out"}
+    assert own <= set(python_inspect.signature(gguftool.compress).parameters) & options
+
+
 def test_what_is_wrong_is_said_as_by_the_command(tmp_path):
     with pytest.raises(GgufToolError, match=r"write data=\['code.txt'\]"):
         gguftool.calibrate("x", data="code.txt", out=tmp_path / "s")
+    with pytest.raises(GgufToolError, match=r"write prompts=\['Hello'\]"):
+        gguftool.compress("x", out=tmp_path / "o", data=["a"], eval=["b"], ratio=0.4, prompts="Hello")
+    with pytest.raises(GgufToolError, match="--no-extras runs no model"):
+        gguftool.compress("x", out=tmp_path / "o", data=["a"], eval=["b"], ratio=0.4, prompts=["Hello"], no_extras=True)
     with pytest.raises(GgufToolError, match="no such stats file"):
         gguftool.plan(tmp_path / "none", ratio=0.4)
     with pytest.raises(GgufToolError, match="--eval FILE"):

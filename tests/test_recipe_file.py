@@ -40,6 +40,10 @@ def test_a_ratio_and_a_budget_take_each_others_place():
     assert asked.changed({"quant": "Q8_0"}) == replace(asked, quant="Q8_0")
     assert RunRecipe(ratio=0.4).changed({"fit": "1GiB"}) == RunRecipe(fit="1GiB")
     assert asked.changed({"fit": None, "ratio": 0.4}).fit is None
+    with pytest.raises(GgufToolError, match=r"fit_ctx \(--fit-ctx\) is the context of a budget"):
+        RunRecipe(ratio=0.4).changed({"fit_ctx": 64})
+    with pytest.raises(GgufToolError, match=r"fit_ctx \(--fit-ctx\) is the context of a budget"):
+        asked.changed({"ratio": 0.4, "fit_ctx": 64})
     # The type of a recipe with a ratio belongs to the ratio; that of a recipe with a budget, or one given, is asked for.
     code = RunRecipe(ratio=0.4, quant="Q4_K_M")
     assert code.changed({"fit": "1GiB"}) == RunRecipe(fit="1GiB")

@@ -151,6 +151,9 @@ def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, pla
         (["model", "--data", "x", "--eval", "x"], 2, "give --ratio or --keep"),
         (["model", "--recipe", "code", "--depth", "1"], 2, "FIRST:LAST"),
         (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
+        (["model", "--recipe", "code", "--fit-ctx", "64"], 1, "--fit-ctx) is the context of a budget"),
+        (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi"], 1, "leave one of the two out"),
+        (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi", "--dry-run"], 1, "leave one of the two out"),
         (["model", "--recipe", "code", "--eval", "a/x.txt", "--eval", "b/x.txt"], 1, "two evaluation texts are called 'x'"),
     ],
 )
