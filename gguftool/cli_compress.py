@@ -15,7 +15,6 @@ from .cli_options import (
     backend_option,
     data_option_or_recipe,
     device_option,
-    dry_run_option,
     load_runtime,
     make_terminal,
     memory_options,
@@ -70,7 +69,12 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
 @n_ctx_option
 @windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
-@dry_run_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and print what would be written. With --fit: say which files fit and how much would go; that "
+    "converts the checkpoint into -o and runs skeletons.",
+)
 @pre_tokenizer_option
 @device_option
 @memory_options
@@ -165,7 +169,7 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
 def demo(
     out: Path, eval_windows: int, unpack: bool, backend: str, open_page: bool, no_extras: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
-    """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain.
+    """Compress the built-in model by ten methods and show what each cost, in and outside of the calibration domain.
 
     `gguftool demo --unpack -o .` only writes the model and its texts into this folder.
     """

@@ -49,7 +49,12 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
 @click.option("--all", "every", is_flag=True, help="Measure every candidate that fits.")
-@click.option("--dry-run", is_flag=True, help="Say which files fit and how much would go; calibrate and build nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say which files fit and how much would go: converts the checkpoint into -o, runs skeletons, and calibrates, prunes "
+    "and measures nothing.",
+)
 @click.option(
     "--window", "n_ctx", default=512, show_default=True, help="Tokens in a window of calibration and evaluation."
 )

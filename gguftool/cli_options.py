@@ -106,7 +106,7 @@ report_options = combined(
     open_option,
     click.option(
         "--no-extras", is_flag=True,
-        help="Report quality only: measure no speed, memory, routing and completions, hash no files.",
+        help="Report quality only: measure no speed, memory, routing and completions, leave hashes of inputs out.",
     ),
 )  # fmt: skip
 

@@ -316,6 +316,12 @@ def test_chat_lines_are_typed(tmp_path):
 # --- The model that the tutorial starts from ----------------------------------------------------------------------------
 
 
+def test_the_demo_has_as_many_methods_as_is_said():
+    count = {9: "nine", 10: "ten", 11: "eleven"}[len({*demo.METHODS, demo.SHOWN[0]})]
+    for text in (README.read_text(encoding="utf-8"), cli.commands["demo"].help):
+        assert f"the built-in model by {count} methods" in text
+
+
 def test_demo_unpack_writes_the_model_and_its_texts(tmp_path):
     written = demo.unpack(tmp_path)
     assert [path.name for path in written] == [
