@@ -9,6 +9,7 @@ import click
 
 from .cli_options import (
     FILE,
+    METHOD_HELP,
     backend_option,
     data_option,
     device_option,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     "--quant", "targets", multiple=True, metavar="TYPE",
     help="Type to choose from. May be repeated.  [default: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K]",
 )  # fmt: skip
-@click.option("--method", default="auto", show_default=True, help="How to prune; `gguftool methods` lists them.")
+@click.option("--method", default="auto", show_default=True, help=METHOD_HELP["auto"])
 @click.option(
     "--refit",
     default=None,

@@ -111,10 +111,17 @@ report_options = combined(
 )  # fmt: skip
 
 
+# By the command's default: what the others do that have another one.
+METHOD_HELP = {
+    "auto": "`gguftool methods` lists them. Where none is named, `plan` and `sweep` take global.",
+    "global": "`gguftool methods` lists them. Where none is named, `compress` and `fit` take auto, which is refitted.",
+}
+
+
 def recipe_options(method: str) -> Callable[[Command], Command]:
     """What a recipe is made of; `method` is the default."""
     return combined(
-        click.option("--method", default=method, show_default=True, help="`gguftool methods` lists them."),
+        click.option("--method", default=method, show_default=True, help=METHOD_HELP[method]),
         click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
         click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
         click.option("--criterion", help="Another criterion than the method's own."),

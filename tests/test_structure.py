@@ -164,6 +164,16 @@ def test_every_help_ends_in_an_example_that_can_be_typed(name, command):
             command.make_context(name, list(arguments))
 
 
+def test_help_says_who_takes_another_method_where_none_is_named():
+    options = {name: next(o for o in commands(cli)[name].params if "--method" in o.opts) for name in
+               ("plan", "sweep", "compress", "fit")}  # fmt: skip
+    default = {name: option.default[0] if option.multiple else option.default for name, option in options.items()}
+    for name, option in options.items():
+        others = [other for other in options if default[other] != default[name]]
+        assert len(others) == 2
+        assert f"{' and '.join(f'`{other}`' for other in others)} take {default[others[0]]}" in option.help
+
+
 def test_there_is_no_example_of_a_command_that_is_none():
     assert set(EXAMPLES) == {*groups(cli), *commands(cli)}
 
