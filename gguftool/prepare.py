@@ -94,9 +94,11 @@ class Prepared:
         name = encoding.parse_target(target).name
         if isinstance(self.model, GgufModel):
             return self.model.encoding == name
+        if name not in encoding.FLOATS:
+            return False
         facts = self.stats.model
         mix = encoding.MixFacts.of_tensors(facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert)
-        return name in encoding.FLOATS and encoding.assign(facts.tensors, name, mix) == tuple(facts.tensors)
+        return encoding.assign(facts.tensors, name, mix) == tuple(facts.tensors)
 
     def again(self, target: str) -> tuple[str, ...]:
         """A note where `target` quantizes what was quantized before."""
