@@ -170,7 +170,8 @@ def test_a_recipe_asks_anew(pruned, folder, tmp_path, monkeypatch) -> None:
     assert [one.targets for one in seen] == [runs.TARGETS, ("Q6_K",)] and {one.ctx for one in seen} == {CTX}
     # A budget takes the place of a recipe's ratio and of the type beside it.
     for given in ([], ["--quant", "q5_k"]):
-        typed("compress", folder / "model", "--recipe", "code", "--fit", "1GiB", *given, "-o", tmp_path / "again", code=1)
+        named = ("--recipe", "code", "--fit", "1GiB", *given)
+        typed("compress", folder / "model", *named, "-o", tmp_path / "again", code=1)
     assert [one.targets for one in seen[2:]] == [runs.TARGETS, ("Q5_K_M",)]
     # A ratio takes the budget's place.
     monkeypatch.setattr(runs, "produce", lambda job, out, pruning, *_, **__: seen.append(pruning) or ask(*[None] * 5))
@@ -365,7 +366,8 @@ def test_the_command_that_runs_it_can_be_pasted() -> None:
     report = FitReport("m", 1000, 1 << 20, 32, [], None, Path("my models/a b.gguf"), "a is best", "by hand")
     assert shlex.split(report.command)[:5] == ["gguftool", "run", "my models/a b.gguf", "-c", "32"]
     goal = report.goal()
-    assert goal["to run it within the budget"].startswith("gguftool run 'a b.gguf' -c 32 ") and "my models" not in str(goal)
+    assert "my models" not in str(goal)
+    assert goal["to run it within the budget"].startswith("gguftool run 'a b.gguf' -c 32 ")
     here = goal_here(goal, "my models/a b.gguf")
     assert here == goal | {"to run it within the budget": report.command}
 

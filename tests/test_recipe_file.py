@@ -55,7 +55,8 @@ def test_a_ratio_and_a_budget_take_each_others_place():
 
 
 @pytest.mark.parametrize(
-    ("written", "name"), [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), (" q8_0 ", "Q8_0"), ("bf16", "BF16"), ("Q2_K", "Q2_K")]
+    ("written", "name"),
+    [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), (" q8_0 ", "Q8_0"), ("bf16", "BF16"), ("Q2_K", "Q2_K")],
 )
 def test_a_type_is_called_by_its_own_name_however_it_is_written(written, name):
     assert RunRecipe(quant=written).quant == RunRecipe().changed({"quant": written}).quant == name

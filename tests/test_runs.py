@@ -115,7 +115,13 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
 
 def test_the_folder_that_one_stands_in_can_be_verified(place, monkeypatch):
     seen = []
-    monkeypatch.setattr(runs, "replay", lambda folder, scratch, _: (seen.append(scratch), scratch.mkdir()) and [])
+
+    def made_again(folder, scratch, _):
+        seen.append(scratch)
+        scratch.mkdir()
+        return []
+
+    monkeypatch.setattr(runs, "replay", made_again)
     monkeypatch.chdir(place / "out")
     (place / "out" / "inside").mkdir()
     for name in (".", "inside/..", "../out"):
@@ -154,7 +160,11 @@ def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, pla
         (["model", "--recipe", "code", "--fit-ctx", "64"], 1, "--fit-ctx) is the context of a budget"),
         (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi"], 1, "leave one of the two out"),
         (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi", "--dry-run"], 1, "leave one of the two out"),
-        (["model", "--recipe", "code", "--eval", "a/x.txt", "--eval", "b/x.txt"], 1, "two evaluation texts are called 'x'"),
+        (
+            ["model", "--recipe", "code", "--eval", "a/x.txt", "--eval", "b/x.txt"],
+            1,
+            "two evaluation texts are called 'x'",
+        ),
     ],
 )
 def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama):
