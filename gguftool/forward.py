@@ -127,14 +127,15 @@ class LayeredPass:
         domains: Sequence[tuple[Domain, Windows]],
         record: Callable[[nn.Module, int], Recorder],
         *,
+        batch: int,
         linears: bool = False,
-        batch: int = 4,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`record(experts module, decoder index)` makes what stands in for a layer's experts; `linears` adds up the
-        inputs of all other matrices too. Of several `ranks` each runs its share of every domain's windows, and all of
-        them save the sums of all. Raises GgufToolError for windows that the model cannot be run on."""
+        """`record(experts module, decoder index)` makes what stands in for a layer's experts; `batch` windows run at
+        once; `linears` adds up the inputs of all other matrices too. Of several `ranks` each runs its share of every
+        domain's windows, and all of them save the sums of all. Raises GgufToolError for windows that the model cannot
+        be run on."""
         if batch < 1:
             raise GgufToolError(f"a batch of {batch} windows makes no progress; it takes at least 1")
         self.stream, self.checkpoint = stream, stream.checkpoint

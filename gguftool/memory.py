@@ -121,7 +121,7 @@ class MemoryPlan:
 def plan_memory(
     checkpoint: Checkpoint, windows: int, n_ctx: int, dtype: torch.dtype | None, limit: int | None, *,
     moments: int | None = None, n_domains: int = 1, threads: int = 0, device: str = "cpu",
-    what: str = "calibrate",
+    what: str = "calibrate", batch: int = DEFAULT_BATCH,
 ) -> MemoryPlan:  # fmt: skip
     """How to run a pass over `windows` windows below `limit` bytes (None: no limit).
 
@@ -130,6 +130,7 @@ def plan_memory(
             checkpoint's own type elsewhere.
         moments: experts of a layer whose second moments are taken; None for all, 0 for none.
         threads: of torch, for the solves. device: where the computation runs. what: the pass, for what is said of it.
+        batch: windows that run through a layer at once, where no limit decides that.
 
     Raises:
         GgufToolError: the limit does not hold a layer, its statistics and one window; with the numbers.
@@ -140,7 +141,7 @@ def plan_memory(
     threads = threads or torch.get_num_threads()
     for kind in choices:
         needs = needs_of(checkpoint, windows, n_ctx, kind, moments, n_domains)
-        found = _fit(needs, kind, limit, threads)
+        found = _fit(needs, kind, limit, threads, batch)
         if found is not None:
             return found
     assert limit is not None
@@ -149,12 +150,12 @@ def plan_memory(
     )
 
 
-def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int) -> MemoryPlan | None:
-    """The fastest way to stay below the limit, or None."""
+def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int, batch: int) -> MemoryPlan | None:
+    """The fastest way to stay below the limit, or None; without a limit, `batch` windows at a time."""
     if limit is None:
         together = needs.n_expert * needs.moment <= MOMENTS_TOGETHER
-        peak = needs.peak(DEFAULT_BATCH, needs.n_expert if together else 1, threads, False)
-        return MemoryPlan(dtype, DEFAULT_BATCH, 0 if together else 1, 0, False, peak, needs)
+        peak = needs.peak(batch, needs.n_expert if together else 1, threads, False)
+        return MemoryPlan(dtype, batch, 0 if together else 1, 0, False, peak, needs)
     least = min(1, needs.n_expert)
     groups = sorted({needs.n_expert, *(max(least, needs.n_expert // n) for n in (2, 4, 8, 16)), least}, reverse=True)
 
