@@ -149,6 +149,12 @@ class GgufFile:
         size = row_bytes(spec.type, spec.ne[0], spec.name)
         return self.piece(spec, start * size, stop * size).reshape(stop - start, size)
 
+    def expert(self, spec: TensorSpec, index: int) -> Bytes:
+        """One expert's part of a stack, or its row of biases, or its number, read now: uint8, the shape that `raw` has
+        behind its first dimension."""
+        size = spec.nbytes // spec.ne[-1]
+        return self.piece(spec, index * size, (index + 1) * size).reshape(*reversed(spec.ne[1:-1]), -1)
+
     def piece(self, spec: TensorSpec, start: int, stop: int) -> Bytes:
         """Some bytes of a tensor, read now. Raises GgufToolError where the file does not have them any more."""
         return self._header.read(self._offsets[spec.name] + start, stop - start)
