@@ -243,7 +243,12 @@ class LayeredPass:
         return experts, arrays
 
     def finish(self, work: WorkDir) -> Arrays:
-        """The sums at the output matrix, under the name of the tensor that is multiplied there."""
+        """The sums at the output matrix, under the name of the tensor that is multiplied there.
+
+        Nothing reads them yet: llama-imatrix leaves that matrix out unless it is told --process-output, as its README says
+        that quantizing it is mostly better without, and `quantize.imatrix_entries` leaves it out too. They cost one norm a
+        token, beside a pass that is dear to take again, and stats that are added up must have the same sums.
+        """
         tied = bool(getattr(self.checkpoint.config, "tie_word_embeddings", False))
         name = "token_embd.weight" if tied else "output.weight"
         with self.ranks.together():
