@@ -131,14 +131,6 @@ class GgufFile:
         """The metadata value of `<arch>.<key>`, one whole number; raises as `integer` does."""
         return self.integer(f"{self.arch}.{key}", default)
 
-    def has(self, name: str) -> bool:
-        """Whether there is a tensor called `name`."""
-        return name in self._offsets
-
-    def offset(self, name: str) -> int:
-        """The byte of the file at which a tensor begins."""
-        return self._offsets[name]
-
     def raw(self, spec: TensorSpec) -> Bytes:
         """The bytes of a tensor, read now: uint8, the dimensions of `ne` reversed, the last one in bytes."""
         size = row_bytes(spec.type, spec.ne[0], spec.name)

@@ -273,14 +273,14 @@ def test_check_finds_what_is_wrong(plain, tmp_path):
     prune(plain, make_plan(WIDTHS, K, TOP), tmp_path / "out.gguf")
     file = GgufFile(tmp_path / "out.gguf")
     spec = next(t for t in file.tensors if t.name == "blk.0.ffn_exps_tier.weight")
-    offset = file.offset(spec.name)
+    offset = file._offsets[spec.name]
     raw = bytearray((tmp_path / "out.gguf").read_bytes())
     raw[offset : offset + 4] = struct.pack("<i", 7)
     (tmp_path / "map.gguf").write_bytes(raw)
     with pytest.raises(GgufToolError, match="indices of tier 0"):
         inspect(GgufFile(tmp_path / "map.gguf"))
     nan = bytearray((tmp_path / "out.gguf").read_bytes())
-    where = file.offset("output_norm.weight")
+    where = file._offsets["output_norm.weight"]
     nan[where : where + 4] = struct.pack("<f", float("nan"))
     (tmp_path / "nan.gguf").write_bytes(nan)
     assert check(inspect(GgufFile(tmp_path / "nan.gguf"))) == ["output_norm.weight: holds values that are not finite"]
