@@ -52,7 +52,9 @@ def test_cases_are_counted_as_they_are_printed():
 
 def test_every_operation_that_the_patches_add_cases_of_is_run():
     """test-backend-ops matches names exactly: one that is not asked for is not run, without a word."""
-    added = {name for path in patch_files() for name in re.findall(r'^\+ +return "(\w+_SKIP)";', path.read_text(), re.M)}
+    added = {
+        name for path in patch_files() for name in re.findall(r'^\+ +return "(\w+_SKIP)";', path.read_text(), re.M)
+    }
     assert added == set(SKIP_OPS)
 
 
