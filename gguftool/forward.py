@@ -127,14 +127,15 @@ class LayeredPass:
         domains: Sequence[tuple[Domain, Windows]],
         record: Callable[[nn.Module, int], Recorder],
         *,
+        batch: int,
         linears: bool = False,
-        batch: int = 4,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`record(experts module, decoder index)` makes what stands in for a layer's experts; `linears` adds up the
-        inputs of all other matrices too. Of several `ranks` each runs its share of every domain's windows, and all of
-        them save the sums of all. Raises GgufToolError for windows that the model cannot be run on."""
+        """`record(experts module, decoder index)` makes what stands in for a layer's experts; `batch` windows run at
+        once; `linears` adds up the inputs of all other matrices too. Of several `ranks` each runs its share of every
+        domain's windows, and all of them save the sums of all. Raises GgufToolError for windows that the model cannot
+        be run on."""
         if batch < 1:
             raise GgufToolError(f"a batch of {batch} windows makes no progress; it takes at least 1")
         self.stream, self.checkpoint = stream, stream.checkpoint
@@ -242,7 +243,12 @@ class LayeredPass:
         return experts, arrays
 
     def finish(self, work: WorkDir) -> Arrays:
-        """The sums at the output matrix, under the name of the tensor that is multiplied there."""
+        """The sums at the output matrix, under the name of the tensor that is multiplied there.
+
+        Nothing reads them yet: llama-imatrix leaves that matrix out unless it is told --process-output, as its README says
+        that quantizing it is mostly better without, and `quantize.imatrix_entries` leaves it out too. They cost one norm a
+        token, beside a pass that is dear to take again, and stats that are added up must have the same sums.
+        """
         tied = bool(getattr(self.checkpoint.config, "tie_word_embeddings", False))
         name = "token_embd.weight" if tied else "output.weight"
         with self.ranks.together():

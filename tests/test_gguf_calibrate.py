@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from gguftool.gguf_model import open_gguf
 from gguftool.gguf_pass import Corpus, groups
 from gguftool.gguf_refit import refit_gguf
 from gguftool.gguf_tokenizer import GgufTokenizer
-from gguftool.llama_observer import LlamaRun
+from gguftool.llama_observer import LlamaRun, Routed, _Watcher
 from gguftool.perplexity import open_session
 from gguftool.pipeline import compress
 from gguftool.planner import make_plan
@@ -246,6 +247,44 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(base_f32, llama, tmp_
     assert len(rest) == 6 - at + 1
     assert (tmp_path / "out.safetensors").read_bytes() == whole.read_bytes()
     assert stats.neurons["obs"].min() >= 0
+
+
+class Watched:
+    """A sink that wants everything, and remembers what it was given."""
+
+    layers, whole = (3,), True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def experts(self, layer: int, seen: Routed) -> None:
+        raise AssertionError("no experts ran")
+
+    matrix = experts
+
+    def residual(self, layer: int, out: torch.Tensor) -> None:
+        self.seen.append((layer, tuple(out.shape)))
+
+
+def test_nodes_that_ggml_derives_from_a_named_one_are_not_that_one():
+    """What ggml makes of a node has the node's name and what was done: "l_out-3 (reshaped)" is no layer's output."""
+    sink = Watched()
+    stub = SimpleNamespace(op=lambda name: len(name), read=lambda _: np.ones((1, 1, 5, 8), dtype=np.float32))
+    watcher = _Watcher(stub, sink)
+
+    def node(name: str) -> SimpleNamespace:
+        return SimpleNamespace(op=99, name=name.encode(), src=[])
+
+    for kind in ("reshaped", "view", "permuted", "transposed", "cont", "copy"):
+        assert not watcher.wants(node(f"l_out-3 ({kind})"))
+        assert not watcher.wants(node(f"ffn_moe_weights_norm-3 ({kind})")) and not watcher.norm_topk
+    for name in ("l_out", "l_out-", "l_out-3b", "l_out-last", "xl_out-3", "l_out-3 "):
+        assert not watcher.wants(node(name)), name
+    assert watcher.wants(node("l_out-3")) and watcher.wants(node("l_out-12"))
+    assert watcher.take(SimpleNamespace(contents=node("l_out-12"))) and sink.seen == [(12, (5, 8))]
+    for name in ("ffn_moe_weights_norm-3", "ffn_moe_weights_softmax-0"):
+        watcher.norm_topk = False
+        assert not watcher.wants(node(name)) and watcher.norm_topk
 
 
 def test_what_is_raised_while_llama_cpp_runs_comes_out(tiny, llama):

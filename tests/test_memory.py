@@ -173,9 +173,34 @@ class Told:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.done: list[int] = []
 
-    def __call__(self, _done: int, _total: int, text: str) -> None:
+    def __call__(self, done: int, _total: int, text: str) -> None:
         self.texts.append(text)
+        self.done.append(done)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, [1, 2, 3, 4, 5, 6, 7, 8]), (3, [3, 5, 8]), (16, [5, 8])])
+def test_the_batch_of_a_plan_is_that_of_the_pass(checkpoint, tmp_path, batch, steps):
+    """Windows of the first layer that are done after each batch: five of one text, three of the other."""
+    how, told = replace(plan_memory(checkpoint, 8, 12, torch.float32, None, moments=0), batch=batch), Told()
+    found = calibrate(checkpoint, domains(), tmp_path / "a", how=how, obs=False, progress=told)
+    assert [done for done in told.done if done <= 8] == steps
+    told = Told()
+    alike = calibrate(checkpoint, domains(), tmp_path / "b", batch=batch, obs=False, progress=told)
+    assert [done for done in told.done if done <= 8] == steps
+    assert all(np.array_equal(alike.neurons[name], value) for name, value in found.neurons.items())
+    usual = calibrate(checkpoint, domains(), tmp_path / "c", obs=False)
+    for name, value in found.experts.items():
+        assert usual.experts[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    for name, value in found.linears.items():
+        assert usual.linears[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def test_the_estimate_is_that_of_the_batch(checkpoint):
+    for batch in (1, 8):
+        plan = plan_memory(checkpoint, 8, 12, torch.float32, None, moments=0, threads=1, batch=batch)
+        assert plan.batch == batch and plan.peak == plan.needs.peak(batch, 0, 1, False)
 
 
 def test_groups_and_resident_states_change_nothing_but_rounding(checkpoint, tmp_path, no_whole_model):
