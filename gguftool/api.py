@@ -287,7 +287,7 @@ def prune(
 
 def quantize(
     source: Place, target: str, *, out: Place, imatrix: Place | CalibrationStats | None = None, force: bool = False,
-    progress: Progress | None = None,
+    allow_requantize: bool = False, progress: Progress | None = None,
 ) -> Quantized:  # fmt: skip
     """Writes `source` in the type `target` as `out`; the stats are the importance matrix."""
     from .quantize import QuantizeTool
@@ -296,7 +296,9 @@ def quantize(
 
     tools = QuantizeTool(require().tool("llama-quantize"), progress=progress)
     sums = _stats(imatrix) if imatrix is not None else None
-    return run(Path(source), target, Path(out), imatrix=sums, tools=tools, force=force)
+    return run(
+        Path(source), target, Path(out), imatrix=sums, tools=tools, force=force, allow_requantize=allow_requantize
+    )  # fmt: skip
 
 
 def expand(source: Place, *, out: Place, force: bool = False, progress: Progress | None = None) -> list[str]:

@@ -121,12 +121,16 @@ def expand(source: Path, out: Path, dry_run: bool, force: bool, as_json: bool, q
 @click.argument("target")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
+@click.option(
+    "--allow-requantize", is_flag=True, help="Quantize again what is quantized already, as gpt-oss's experts are."
+)
 @dry_run_option
 @force_option
 @output_options
 def quantize(
-    source: Path, target: str, out: Path, imatrix: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool
-) -> None:
+    source: Path, target: str, out: Path, imatrix: Path | None, allow_requantize: bool, dry_run: bool, force: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Quantize with llama.cpp's quantizer, every tensor to the type that the plan counted."""
     from .encoding import parse_target
     from .quantize import QuantizeTool
@@ -138,7 +142,16 @@ def quantize(
     stats = CalibrationStats.load(imatrix) if imatrix else None
     with terminal.progress() as progress:
         tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)
-        made = run(source, target, out, imatrix=stats, tools=tool, force=force, dry_run=dry_run)
+        made = run(
+            source,
+            target,
+            out,
+            imatrix=stats,
+            tools=tool,
+            force=force,
+            allow_requantize=allow_requantize,
+            dry_run=dry_run,
+        )
     if dry_run:
         _show_dry(terminal, out, list(made.tensors), target)
         return

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from .errors import GgufToolError
+from .stats import ModelFacts
 from .tensors import BLOCKS, TensorSpec, row_bytes
 
 
@@ -94,7 +95,7 @@ class MixFacts:
         gguf_arch: `general.architecture`.
         n_layer: `{arch}.block_count`, multi-token-prediction layers included.
         n_expert: experts of the unpruned model, 0 for a dense one.
-        n_gqa: query heads per key-value head of layer 0; 0 where that layer has no attention.
+        n_gqa: query heads per key-value head of layer 0, as the metadata counts them; 0 where it counts none.
         has_imatrix: whether an importance matrix will be used.
         twins: whether stock stacks of experts take the 32-block twin too, as tiers always do: true for a pruned file.
     """
@@ -107,14 +108,10 @@ class MixFacts:
     twins: bool = False
 
     @classmethod
-    def of_tensors(
-        cls, tensors: Iterable[TensorSpec], gguf_arch: str, n_layer: int, n_expert: int,
-        *, has_imatrix: bool = False, twins: bool = False,
-    ) -> MixFacts:  # fmt: skip
-        """Facts of a tensor list, for whoever has no KVs: n_gqa from the rows of layer 0's attn_q and attn_k."""
-        rows = {spec.name: spec.ne[1] for spec in tensors if spec.name.startswith("blk.0.attn_") and len(spec.ne) > 1}
-        query, key = rows.get("blk.0.attn_q.weight", 0), rows.get("blk.0.attn_k.weight", 0)
-        return cls(gguf_arch, n_layer, n_expert, query // key if key else 0, has_imatrix, twins)
+    def of_model(cls, model: ModelFacts, *, has_imatrix: bool = False) -> MixFacts:
+        """Facts of an unpruned model, for whoever has no KVs."""
+        n_gqa = _heads_by_rows(model.tensors) if model.n_gqa is None else model.n_gqa
+        return cls(model.gguf_arch, model.block_count, model.n_expert, n_gqa, has_imatrix)
 
     @property
     def is_70b(self) -> bool:
@@ -122,6 +119,16 @@ class MixFacts:
         if _LAYERS_70B.get(self.gguf_arch) != self.n_layer:
             return False
         return self.gguf_arch != "llama" or (self.n_expert != 8 and self.n_gqa != 1)
+
+
+def _heads_by_rows(tensors: Iterable[TensorSpec]) -> int:
+    """Query heads per key-value head, for stats that do not say it: by the rows of layer 0's attn_q and attn_k.
+
+    Wrong where layer 0 has no attention of this kind, and the metadata counts heads all the same (Qwen3-Next).
+    """
+    rows = {spec.name: spec.ne[1] for spec in tensors if spec.name.startswith("blk.0.attn_") and len(spec.ne) > 1}
+    query, key = rows.get("blk.0.attn_q.weight", 0), rows.get("blk.0.attn_k.weight", 0)
+    return query // key if key else 0
 
 
 def parse_target(text: str) -> Target:

@@ -12,6 +12,7 @@ from .errors import GgufToolError
 from .gguf_file import GgufFile
 from .journal import Journal
 from .model_card import card_facts
+from .plan import STOCK
 from .prepare import Job
 from .provenance import provenance
 from .sources import Source
@@ -66,7 +67,7 @@ def add_extras(
     main = journal.report.main
     if main is not None and models:
         plan = models[0].plan
-        layout = "stock" if plan is None or plan.uniform else "tiered"
+        layout = STOCK if plan is None else plan.layout
         journal.learn(card=card_facts(GgufFile(base), job.model, models[0].path, main.encoding, layout))
     journal.stage("hashes" if extras.measure else "provenance")
     inputs = [job.model, *_files(job.calibration), *job.evaluation]

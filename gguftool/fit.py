@@ -181,13 +181,7 @@ def _check_least(ask: Ask, stats: CalibrationStats) -> None:
     experts = {spec.name for spec in stats.model.tensors if (name := parse(spec.name)) and name.role != "router"}
     sizes = {}
     for target in ask.targets:
-        mix = encoding.MixFacts.of_tensors(
-            stats.model.tensors,
-            stats.model.gguf_arch,
-            stats.model.block_count,
-            stats.model.n_expert,
-            has_imatrix=True,
-        )
+        mix = encoding.MixFacts.of_model(stats.model, has_imatrix=True)
         specs = encoding.assign(stats.model.tensors, target, mix)
         sizes[target] = sum(spec.padded_bytes * (1 - MOST if spec.name in experts else 1) for spec in specs)
     least = min(sizes, key=lambda target: sizes[target])

@@ -224,10 +224,10 @@ class Solver:
 def targets_for(source: Prepared, targets: Sequence[str], base: Base) -> tuple[list[str], list[str]]:
     """The types worth trying, and notes on those that are not: of a quantized original only its own and smaller ones."""
     names = list(dict.fromkeys(parse_target(name).name for name in targets))
-    model = source.model
-    if not isinstance(model, GgufModel) or not model.is_quantized:
+    if not source.quantized_types:
         return names, []
-    own = model.encoding
+    # Quantized checkpoints have MXFP4 experts and floats beside them: no file type, but this one keeps the experts.
+    own = source.model.encoding if isinstance(source.model, GgufModel) else "MXFP4_MOE"
     size = base.file.path.stat().st_size
 
     def smaller(name: str) -> bool:

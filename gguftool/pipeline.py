@@ -169,7 +169,7 @@ def _prune(job: Job, base: Path, plan: PrunePlan, weights: Overrides | None, out
 
 def _quantize(job: Job, source: Prepared, pruned: Path, target: str, out: Path) -> None:
     tools = QuantizeTool(job.runtime.tool("llama-quantize"), progress=job.progress)
-    again = isinstance(source.model, GgufModel) and source.model.is_quantized
+    again = bool(source.quantized_types)
     quantize(pruned, target, out, imatrix=source.stats, tools=tools, allow_requantize=again)
     check_sound(out)
 

@@ -100,14 +100,31 @@ class Prepared:
         mix = encoding.MixFacts.of_tensors(facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert)
         return encoding.assign(facts.tensors, name, mix) == tuple(facts.tensors)
 
-    def again(self, target: str) -> tuple[str, ...]:
-        """A note where `target` quantizes what was quantized before."""
-        if not isinstance(self.model, GgufModel) or not self.model.is_quantized or self.has_encoding(target):
+    @property
+    def quantized_types(self) -> frozenset[str]:
+        """Types of the base's tensors that are in blocks: those of a quantized GGUF, MXFP4 of a checkpoint's own experts."""
+        of = self.model.file if isinstance(self.model, GgufModel) else self.stats.model
+        return frozenset(spec.type for spec in of.tensors if spec.type not in (*encoding.FLOATS, "I32"))
+
+    def again(self, *targets: str) -> tuple[str, ...]:
+        """A note where some of `targets` quantize what was quantized before."""
+        names = [target for target in targets if self._is_again(target)]
+        if not names:
             return ()
+        made = f"{', '.join(names)} {'were' if len(names) > 1 else 'was'} made from"
+        if isinstance(self.model, GgufModel):
+            return (
+                f"{made} {self.encoding}, so weights were quantized twice; from the unquantized model the same size is "
+                "nearer to the original",
+            )
         return (
-            f"{target} was made from {self.encoding}, so its weights were quantized twice; from the unquantized model the "
-            "same size is nearer to the original",
+            f"{made} a checkpoint with {' and '.join(sorted(self.quantized_types))} experts, so these were quantized twice; "
+            "MXFP4_MOE keeps them as they are",
         )
+
+    def _is_again(self, target: str) -> bool:
+        kind = encoding.parse_target(target).default
+        return not self.has_encoding(target) and kind not in encoding.FLOATS and bool(self.quantized_types - {kind})
 
 
 def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:

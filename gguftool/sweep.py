@@ -371,7 +371,10 @@ def _report(job: Job, grid: Grid, source: Prepared, runs: Mapping[Name, Sequence
         "unpruned files are quantized with the imatrix of the same calibration, as pruned ones are",
         "win and loss: by more than two standard errors of the difference to the unpruned files' line of log KL over size",
     ]
-    notes += coverage(source.stats).notes()
+    notes += [
+        *source.again(*dict.fromkeys(filter(None, [*grid.targets, *grid.unpruned]))),
+        *coverage(source.stats).notes(),
+    ]
     if grid.seeds > 1:
         notes.append(
             f"means over {grid.seeds} calibrations, on the first windows of each text and on samples of it; 'seeds' is "

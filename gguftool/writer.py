@@ -15,11 +15,11 @@ from gguf import GGUFValueType as V
 from . import cut, encoding, layout
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, copied_entries, header_bytes, write_gguf
-from .gguf_model import OWN, fingerprint
+from .gguf_model import OWN, fingerprint, tied
 from .hf_to_gguf import FINGERPRINT_KEY
-from .layout import STOCK, ExpertName, Piece, parse
+from .layout import ExpertName, Piece, parse
 from .overrides import Overrides
-from .plan import Neurons, PrunePlan
+from .plan import STOCK, Neurons, PrunePlan
 from .requant import check_quantizer, copies, quantize_rows, take_columns
 from .tensors import BLOCKS, TensorSpec
 
@@ -110,27 +110,18 @@ def _predictors(file: GgufFile) -> range:
 
 
 def _layout_in(file: GgufFile, plan: PrunePlan) -> str:
-    """The plan's layout, but tiered where a stock file's metadata would change what is not pruned too.
+    """The plan's layout; what the file demands where nobody decided. A tiered file can hold every plan.
 
-    Raises GgufToolError where the recipe wants a stock file.
+    Raises GgufToolError where the plan counts on a stock file, and this base cannot become one.
     """
-    kind = layout.layout_of(plan)
-    if kind != STOCK or all(layout.untouched(layer, plan) for layer in plan.layers):
-        return kind
-    names = [spec.name for spec in file.tensors]
-    others = [name for name in names if (parsed := parse(name)) and parsed.layer in _predictors(file)]
-    if plan.layers[0].widths[0] != plan.n_ff_exp:
-        # llama.cpp sizes shared experts, and some architectures dense layers, by the same key as the experts.
-        if file.arch_value("expert_shared_feed_forward_length", None) is None:
-            others += [name for name in names if name.endswith("_shexp.weight")]
-        if _width_key(file) == f"{file.arch}.feed_forward_length":
-            others += [name for name in names if name.endswith(".ffn_down.weight")]
-    if others and plan.recipe.layout == STOCK:
+    facts = (plan, file.tensors, tied(file), _predictors(file))
+    if plan.layout == STOCK and (others := layout.bystanders(*facts)):
+        _check_model(file, plan)
         raise GgufToolError(
-            f"{others[0]} would have to change with the experts, because a stock file says their number and width once; "
-            "leave --layout stock out"
+            f"{file.path}: the plan counts on a stock file, in which {others[0]} of this base would change with the experts; "
+            "the plan was made for a file of another converter: calibrate and plan this one"
         )
-    return layout.TIERED if others else kind
+    return plan.layout or layout.decide(*facts)
 
 
 def _check_model(file: GgufFile, plan: PrunePlan) -> None:
@@ -141,17 +132,7 @@ def _check_model(file: GgufFile, plan: PrunePlan) -> None:
     for key, want in facts.items():
         if (have := file.arch_integer(key)) != want:
             raise GgufToolError(f"{file.path} has {key} {have}, the plan {want}: it was made for another model")
-    groups = file.arch_integer("expert_group_count", 0)
-    for layer in plan.layers if groups > 1 else ():
-        by_group = np.bincount([e * groups // plan.n_expert for e in layer.router], minlength=groups)
-        if len(set(by_group.tolist())) > 1:
-            raise GgufToolError(
-                f"layer {layer.index}: the router has {groups} groups and the plan keeps {by_group.tolist()} experts of "
-                "them; groups must stay equal"
-            )
-    table = next((spec.name for spec in file.tensors if "ffn_gate_tid2eid" in spec.name), None)
-    if table and any(len(layer.router) != plan.n_expert for layer in plan.layers):
-        raise GgufToolError(f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed")
+    layout.check_routers(plan, file.tensors, max(1, file.arch_integer("expert_group_count", 1)))
 
 
 def _check_fingerprint(file: GgufFile, plan: PrunePlan) -> None:
@@ -222,7 +203,12 @@ def _entries(
     entries = dict(copied)
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
-    if all(layout.untouched(layer, plan) for layer in plan.layers) and not made_by:
+    # A file that was pruned before says then that it was cut from that one, or its stats would not be known for its own.
+    if (
+        all(layout.untouched(layer, plan) for layer in plan.layers)
+        and not made_by
+        and f"{cut.KEY}version" not in entries
+    ):
         return entries
     if kind == STOCK:
         width, count = plan.layers[0].widths[0], len(plan.layers[0].router)

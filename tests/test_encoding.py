@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gguftool.encoding import (
 )
 from gguftool.errors import GgufToolError
 from gguftool.tensors import BLOCKS, TensorSpec
+from synthetic import make_stats
 
 
 def layer_tensors(i: int, d: int, ff: int, experts: int, shared: bool = False, qkv: bool = False) -> list[TensorSpec]:
@@ -255,9 +257,14 @@ def test_a_layer_that_the_model_does_not_have() -> None:
         assign(stack, "Q4_K_M", MixFacts("qwen3moe", 4, 64, 8))
 
 
-def test_facts_from_tensors() -> None:
-    tensors = [
+def test_facts_of_a_model() -> None:
+    """Its query heads per key-value head, or, in stats of an older gguftool, what the rows of layer 0 say of them."""
+    tensors = (
         TensorSpec("blk.0.attn_q.weight", (256, 512), "F16"),
         TensorSpec("blk.0.attn_k.weight", (256, 128), "F16"),
-    ]
-    assert MixFacts.of_tensors(tensors, "qwen3moe", 4, 16) == MixFacts("qwen3moe", 4, 16, 4)
+    )
+    old = replace(make_stats(4, 16).model, tensors=tensors)
+    assert old.n_gqa is None and MixFacts.of_model(old) == MixFacts("qwen3moe", 4, 16, 4)
+    for n_gqa in (0, 8):
+        known = MixFacts.of_model(replace(old, n_gqa=n_gqa), has_imatrix=True)
+        assert known == MixFacts("qwen3moe", 4, 16, n_gqa, has_imatrix=True)

@@ -31,7 +31,7 @@ from gguftool.gguf_refit import refit_gguf
 from gguftool.gguf_tokenizer import GgufTokenizer
 from gguftool.llama_observer import LlamaRun, Routed, _Watcher
 from gguftool.perplexity import open_session
-from gguftool.pipeline import compress
+from gguftool.pipeline import compress, produce
 from gguftool.planner import make_plan
 from gguftool.prepare import Job
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
@@ -41,6 +41,8 @@ from gguftool.requant import dequantize_rows, quantize_rows
 from gguftool.stats import CalibrationStats, Domain
 from gguftool.tensors import TensorSpec
 from gguftool.writer import prune
+from test_oracles import difference, logits
+from test_shapes import with_predictor
 from tiny_archs import ARCHS, tiny_ggufs, tiny_model
 
 # Tiny models without a row in `architectures`, or not like the built-in one: biases, merged gate and up, a number for each
@@ -205,6 +207,25 @@ def test_neurons_outputs_and_weights_belong_together(name, tiny, llama, tmp_path
         ]
         assert near(found.expert("gate_sq_norm_sq")[place], np.array(want))
         assert near(found.neurons["gate_sq_h_sq"][place], grams.diagonal(dim1=1, dim2=2).numpy())
+
+
+@pytest.mark.parametrize("method", ["global", "gated-sum"])
+def test_layers_that_predict_further_tokens_are_left_alone(method, tiny, llama, runtime, tmp_path):
+    """From a GGUF that has one to a quantized file: no forward pass runs it, no plan knows it."""
+    base = with_predictor(tiny["glm4moe"], tmp_path / "base.gguf")
+    found = calibrate_gguf(open_gguf(base), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert (found.model.block_count, found.model.n_predict, found.model.moe_layers) == (4, 1, (1, 2))
+    plan = make_plan(found, Recipe(method, 0.34, target="Q4_K_M"))
+    report = prune(base, plan, tmp_path / "pruned.gguf")
+    assert report.layout == plan.layout == "tiered" and report.notes == []
+    tools = QuantizeTool(runtime.tool("llama-quantize"))
+    made = quantize(tmp_path / "pruned.gguf", "Q4_K_M", tmp_path / "out.gguf", imatrix=found, tools=tools)
+    assert [(spec.name, spec.type) for spec in made.tensors] == [(spec.name, spec.type) for spec in plan.encoded]
+    experts = [spec for spec in made.tensors if spec.name.startswith("blk.3.ffn_") and "_exps" in spec.name]
+    assert [spec.ne[2] for spec in experts] == [6, 6, 6]
+    tokens = np.arange(1, 97)
+    ours, whole = logits(runtime, tokens, tmp_path, tmp_path / "out.gguf", base, n_batch=40)
+    assert np.isfinite(ours).all() and difference(ours, whole) > 0.05
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -453,6 +474,28 @@ def test_a_quantized_gguf_is_quantized_again_and_says_so(job, q4, tmp_path):
     assert any("quantized twice" in note for note in report.notes)
     pruned = GgufFile(next((tmp_path / "out").glob("*GATED-SUM25-Q3_K_M.gguf")))
     assert pruned.value("quantize.imatrix.entries_count") > 0
+
+
+def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(job, tiny, llama, runtime, tmp_path):
+    """Its own stats know nothing of what it was cut from: it, and what is cut from it, take their importance matrix."""
+    once, tools = tmp_path / "once.gguf", QuantizeTool(runtime.tool("llama-quantize"))
+    first = calibrate_gguf(open_gguf(tiny["olmoe"]), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert prune(tiny["olmoe"], make_plan(first, Recipe("reap", 0.34)), once).layout == "stock"
+    recipe = Recipe("auto", 0.4, target="Q4_K_M")
+    made = produce(job(model=once, windows=2), tmp_path / "out", recipe, lambda _: None)
+    again, whole = GgufFile(made.built.path), GgufFile(made.rivals[0].path)
+    assert again.value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
+    assert again.value("gguftool.n_expert") == 4 and whole.arch_value("expert_count") == 4
+    assert min(file.value("quantize.imatrix.entries_count") for file in (again, whole)) > 10
+    # Where nothing goes, too.
+    same = produce(job(model=once, windows=2), tmp_path / "out", replace(recipe, ratio=0.0), lambda _: None).built.path
+    assert GgufFile(same).value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
+    # Those of the model before are for the first cut only.
+    quantize(once, "Q4_K_M", tmp_path / "of-first.gguf", imatrix=first, tools=tools)
+    with pytest.raises(GgufToolError, match="was cut from .* they are of another model, or of another version"):
+        quantize(
+            next((tmp_path / "out").glob("*R-F32.gguf")), "Q4_K_M", tmp_path / "no.gguf", imatrix=first, tools=tools
+        )
 
 
 def test_refusals_come_before_the_first_pass(job, q4, tmp_path):

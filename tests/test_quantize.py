@@ -328,7 +328,7 @@ def test_refusals_before_the_work(base_gguf: Path, runtime: Any, tmp_path: Path)
         quantize(base_gguf, "Q8_0", out, tools=tools)
     assert out.read_text() == "mine"
     quantize(base_gguf, "Q8_0", out, tools=tools, force=True)
-    with pytest.raises(GgufToolError, match="quantized already.*quantize the BF16 file instead$"):
+    with pytest.raises(GgufToolError, match="quantized already.*BF16 file instead, or, .* --allow-requantize$"):
         quantize(out, "Q4_K_M", tmp_path / "again.gguf", tools=tools)
     quantize(out, "Q4_K_M", tmp_path / "again.gguf", tools=tools, allow_requantize=True)
     assert GgufFile(tmp_path / "again.gguf").value("general.file_type") == TARGETS["Q4_K_M"].file_type

@@ -210,6 +210,22 @@ def test_a_base_with_other_tensors_than_planned_is_said(plain, tmp_path):
     assert "its bytes are not exact" in prune(base, plan, tmp_path / "out.gguf").notes[0]
 
 
+def test_routers_that_know_experts_by_their_number_are_not_cut(plain, tmp_path):
+    fewer = make_plan([[K] * 3] * 3, K, TOP, router=[[0, 1, 2]] * 3, n_expert=E)
+    one_each = make_plan([[K] * 2] * 3, K, TOP, router=[[0, 3]] * 3, n_expert=E)
+    key = {"qwen3moe.expert_group_count": KeyValue(2, V.UINT32)}
+    groups = rewrite(plain, tmp_path / "groups.gguf", entries=key)
+    with pytest.raises(GgufToolError, match=r"layer 0: the router has 2 groups and the plan keeps \[2, 1\] experts"):
+        prune(groups, fewer, tmp_path / "out.gguf")
+    table = {"blk.0.ffn_gate_tid2eid.weight": np.array([[0, 1], [3, 2]], np.int32)}
+    hashed = rewrite(plain, tmp_path / "hashed.gguf", add=table)
+    with pytest.raises(GgufToolError, match="blk.0.ffn_gate_tid2eid.weight routes tokens by a table of expert ids"):
+        prune(hashed, one_each, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+    prune(groups, one_each, tmp_path / "out.gguf")
+    prune(hashed, make_plan(WIDTHS, K, TOP), tmp_path / "narrow.gguf")
+
+
 def test_outputs_are_not_replaced_and_inputs_not_lost(plain, tmp_path):
     plan = make_plan(WIDTHS, K, TOP)
     before = plain.read_bytes()
