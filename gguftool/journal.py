@@ -2,7 +2,8 @@
 
 It begins when the run has locked its folder: one that another run holds, or that is refused before, keeps its report.
 A run that ends by an error or by Ctrl-C leaves a report that says so, with all that was known by then; one that is killed
-leaves a report that says it is running, and since when. No report of an earlier run outlives the start of a new one.
+leaves a report that says it is running, and since when. No report of an earlier run outlives the start of a new one, nor
+does its record: `verified.json` is there only beside the files of the run that wrote it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from .durable import stated
 from .errors import GgufToolError
 from .report import Candidate, Report, Status
 from .report_files import publish
+from .verification import NAME as VERIFIED
 from .workspace import Watch
 
 # What a run does that makes no file, in words.
@@ -29,6 +32,8 @@ STAGES = {
     "measure": "perplexity and KL divergence",
     "check": "checks of what was measured",
 }
+# What says of the files in a folder how they came about; of a later run's files it would be wrong.
+RECORDS = (VERIFIED, "fit.json")
 
 
 class Journal:
@@ -51,8 +56,12 @@ class Journal:
         return self
 
     def begin(self) -> None:
-        """The folder belongs to this run: from here on its report is this run's. Before that nothing is written."""
+        """The folder belongs to this run: its report is this run's from here on, and what an earlier one recorded is gone.
+        Before that nothing is written."""
         self._begun = True
+        for path in (self.folder / name for name in RECORDS):
+            with stated(path):
+                path.unlink(missing_ok=True)
         self._write()
 
     def hearing(self, watch: Watch) -> Watch:

@@ -60,6 +60,7 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears(), extras: Extras 
         else:
             made, found = produce_fitting(job, out, ask, ears.say, journal)
             recipe = replace(recipe, fit_ctx=ask.ctx)
+        # Before verified.json, without which `verify` trusts no recipe: what it finds beside that file is this run's.
         save(replace(recipe, made=what_it_met(recipe, job, made, found)), out / NAME, HEAD)
         return assess(job, made, journal, extras)
 

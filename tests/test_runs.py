@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import gguftool
 from gguf_models import write_random
 from gguftool import builtin, pipeline
 from gguftool.crosscheck import CrossCheck
@@ -17,7 +18,7 @@ from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
 from gguftool.journal import Journal
 from gguftool.recipe_file import load
-from gguftool.runs import Ears, job_of
+from gguftool.runs import Ears, carry_out, job_of
 from gguftool.tensors import TensorSpec
 from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
 from typed import typed
@@ -98,6 +99,40 @@ def test_damage_is_found_with_its_name_and_both_hashes(place, tmp_path):
     assert said.count(f"sha256 was {'0' * 64}, and is {was}") == 2
     Verified(record.files, ["KL divergence of 9"]).save(copy)
     assert "that run was not done: KL divergence of 9" in typed("verify", copy, "--fast", code=1)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_not_taken_for_the_one_before_it(place, tmp_path, monkeypatch):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    (copy / "fit.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "judge", interrupt)
+        carry_out(load(place / "r.toml"), copy)  # a ratio of 0.25
+    assert load(copy / "recipe.toml").ratio == 0.25 and (copy / PRUNED).is_file()
+    stopped = "has not come to its end: Interrupted at 'perplexity and KL divergence'"
+    for way in (["--fast"], ["--scratch", tmp_path / "again"]):
+        assert stopped in typed("verify", copy, *way, code=1)
+    with pytest.raises(GgufToolError, match=stopped):
+        gguftool.verify(copy, fast=True)
+    assert not (copy / "verified.json").exists() and not (copy / "fit.json").exists()
+
+
+def test_a_run_that_is_stopped_behind_its_record_is_not_done(place, tmp_path, monkeypatch):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    recipe = replace(load(copy / "recipe.toml"), made=None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "add_extras", interrupt)
+        carry_out(recipe, copy)
+    said = typed("verify", copy, "--fast", code=1)
+    assert "the files are what was made, but that run was not done: Interrupted at 'checks of what was" in said
+    assert len(gguftool.verify(copy, fast=True)) == 1
+    (copy / "report.json").unlink()  # taken elsewhere without it, the files are still those that were recorded
+    assert "as they were made" in typed("verify", copy, "--fast") and gguftool.verify(copy, fast=True) == []
 
 
 def test_a_folder_without_a_run_is_none(tmp_path, place):
