@@ -184,7 +184,7 @@ def speed(report: Report) -> str:
     if "error" in facts:
         return f"<p>Not measured: {escape(facts['error'])}</p>"
     models = facts["models"]
-    skipped = "".join(f"<li>{escape(s['label'])} was not run: {escape(s['why'])}</li>" for s in facts["skipped"])
+    skipped = "".join(f"<li>{escape(line)}</li>" for line in report.untried)
     listed = f'<ul class="plain">{skipped}</ul>' if skipped else ""
     if not models:
         return listed
@@ -236,33 +236,41 @@ def completions(report: Report) -> str:
     facts = report.facts.get("completions")
     if not facts:
         return ""
-    cards = []
+    cards, compared = [], True
     for prompt in facts["prompts"]:
+        original = next((answer["text"] for answer in prompt["answers"] if answer["label"] == "original"), None)
+        compared = compared and original is not None
         answers = "".join(
-            f'<div><h3>{escape(answer["label"])}</h3><p class="note">{escape(_agreement(answer))}</p>'
-            f"<pre>{_answer(answer['text'], prompt['answers'][0]['text'])}</pre></div>"
+            f'<div><h3>{escape(answer["label"])}</h3><p class="note">{escape(_agreement(answer, original))}</p>'
+            f"<pre>{_answer(answer['text'], original)}</pre></div>"
             for answer in prompt["answers"]
         )
         cards.append(
             f'<div class="card"><h3>{escape(prompt["name"])}</h3><pre class="prompt">{escape(prompt["prompt"])}</pre>'
             f'<div class="answers">{answers}</div></div>'
         )
+    marked = (
+        "Marked is what is the same as the original's from the start. One changed token changes all that follows, so this shows"
+        if compared
+        else "The original was not run, so nothing is marked. This shows"
+    )
     words = (
-        f"The likeliest token each time, {facts['n_tokens']} at most; prompts are {facts['how']}. Marked is what is the same as "
-        "the original's from the start. One changed token changes all that follows, so this shows what models are like, not how "
-        "good they are."
+        f"The likeliest token each time, {facts['n_tokens']} at most; prompts are {facts['how']}. {marked} what models are "
+        "like, not how good they are."
     )
     return f'<p class="note">{escape(words)}</p>{"".join(cards)}'
 
 
-def _agreement(answer: dict[str, Any]) -> str:
+def _agreement(answer: dict[str, Any], original: str | None) -> str:
     ended = {"end": ", ended by itself", "time": ", stopped when its time was over"}.get(answer["stopped"], "")
-    if answer["label"] == "original":
+    if answer["label"] == "original" or original is None:
         return f"{answer['tokens']} tokens{ended}"
     return f"{answer['tokens']} tokens{ended}; the first {answer['same']} as the original's"
 
 
-def _answer(text: str, original: str) -> str:
+def _answer(text: str, original: str | None) -> str:
+    if original is None:
+        return escape(text)
     same = next(
         (i for i, (a, b) in enumerate(zip(text, original, strict=False)) if a != b), min(len(text), len(original))
     )

@@ -34,7 +34,7 @@ from gguftool.report_facts import calibrated_facts, expert_facts, expert_salienc
 from gguftool.report_files import dumps, load, publish, with_card
 from gguftool.report_html import render
 from gguftool.svg import Scale, escape, short
-from gguftool.trial import PROGRAM, Effort, Tried, _routing, opening, same_start, trial
+from gguftool.trial import OVERHEAD, PROGRAM, Effort, Prompt, Tried, _routing, opening, same_start, trial
 from gguftool.verification import sha256
 from reports import EVIL, make_report
 from synthetic import make_plan, make_stats
@@ -531,6 +531,26 @@ def test_a_run_measures_what_its_report_shows(ran):
     first, second = prompt["answers"]
     assert first["same"] == first["tokens"] > 0 and second["same"] <= second["tokens"] and first["text"]
     assert sum(report.rows[0].texts["eval_code"]["kld"]["histogram"]) == report.rows[0].texts["eval_code"]["tokens"]
+
+
+def test_what_a_model_writes_is_held_against_the_original_only_where_that_was_run(ran, runtime):
+    """There is room for the pruned file alone."""
+    _, out, report = ran
+    (row,) = report.rows
+    models = [Tried("original", out / "base.gguf"), Tried(row.label, Path(row.path))]
+    effort = Effort(prompt=8, generate=2, rounds=1, seconds=1, complete=4)
+    got = trial(
+        runtime, models, [Prompt("p", "def f(", "def f(")], {}, effort=effort, room=row.bytes + OVERHEAD
+    )  # fmt: skip
+    (answer,) = got["completions"]["prompts"][0]["answers"]
+    assert (answer["label"], answer["same"]) == (row.label, None) and answer["text"]
+    alone = replace(report, facts={**report.facts, **got})
+    page, markdown = render(alone), alone.markdown()
+    assert "The original was not run, so nothing is marked." in page
+    assert "as the original&#x27;s" not in page and "<mark>" not in page
+    for text in (page, markdown):
+        assert "of memory are free; what the others write is compared with nothing" in text
+    assert "as the original&#x27;s" in render(report) and "was not run" not in report.markdown()
 
 
 def test_a_run_says_where_everything_came_from(ran, checkpoint_dir):
