@@ -128,22 +128,24 @@ def compress(
 def verify(
     folder: Place, *, fast: bool = False, scratch: Place | None = None, progress: Progress | None = None
 ) -> list[str]:
-    """What is no longer as `compress` made it in `folder`, a line each with both hashes; [] where all is the same.
+    """What is no longer as `compress` made it in `folder`, a line each with both hashes, and why that run is not done, where
+    it is not; [] where all is the same.
 
     Without `fast` its recipe is carried out again, in `scratch` (which stays) or in a temporary folder.
     """
     from tempfile import TemporaryDirectory
 
     from .runs import Ears, replay
-    from .verification import Verified, recheck
+    from .verification import Verified, not_done, recheck
 
     place = Path(folder)
+    was = Verified.load(place)
     if fast:
-        return recheck(place, Verified.load(place), progress)
+        return [*recheck(place, was, progress), *not_done(place, was)]
     if scratch is not None:
-        return replay(place, Path(scratch), Ears(progress or _silent))
+        return [*replay(place, Path(scratch), Ears(progress or _silent)), *not_done(place, was)]
     with TemporaryDirectory(dir=place.resolve().parent, prefix=f"{place.resolve().name}.") as temporary:
-        return replay(place, Path(temporary), Ears(progress or _silent))
+        return [*replay(place, Path(temporary), Ears(progress or _silent)), *not_done(place, was)]
 
 
 def convert(

@@ -46,20 +46,22 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears(), extras: Extras 
 
     The report has `failures` where something came of it that cannot be right.
 
-    Raises GgufToolError for a recipe that lacks what a run needs, and as `pipeline.compress` does.
+    Raises GgufToolError for a recipe that lacks what a run needs, and for all that a step of it refuses or that cannot be
+    written.
     """
     if not recipe.eval:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
     ask, job, pruning = ask_of(recipe), job_of(recipe, ears), recipe.pruning
     for line in changed_inputs(recipe):
         ears.say(f"note: {line}")
-    with Journal(out, job.model.name) as journal:
+    with Journal(out, job.model.name, ears.say) as journal:
         found = None
         if ask is None:
             made = produce(job, out, pruning, ears.say, refit=recipe.refit or "", journal=journal)
         else:
             made, found = produce_fitting(job, out, ask, ears.say, journal)
             recipe = replace(recipe, fit_ctx=ask.ctx)
+        # Before verified.json, without which `verify` trusts no recipe: what it finds beside that file is this run's.
         save(replace(recipe, made=what_it_met(recipe, job, made, found)), out / NAME, HEAD)
         return assess(job, made, journal, extras)
 
