@@ -66,6 +66,7 @@ def calibrate(
         how = replace(how, batch=batch)
     else:
         dtype = hidden_dtype = how.dtype
+        batch = how.batch
 
     def record(module: nn.Module, layer: int) -> ExpertRecorder:
         def tell(done: int, total: int) -> None:

@@ -111,6 +111,7 @@ def calibrate(
                 domains,
                 scratch,
                 device=own_device(device),
+                how=how,
                 obs=obs,
                 progress=progress,
                 out=out,
