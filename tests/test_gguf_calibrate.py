@@ -424,6 +424,8 @@ def test_refusals_come_before_the_first_pass(job, q4, tmp_path):
     ):
         with pytest.raises(GgufToolError, match=words):
             compress(job(model=q4, device=device), tmp_path / "out", recipe, lambda _: None, refit=how)
+    with pytest.raises(GgufToolError, match="in its own types"):
+        compress(job(model=q4, dtype="bfloat16"), tmp_path / "out", Recipe("auto", 0.4), lambda _: None)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
