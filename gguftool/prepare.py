@@ -141,12 +141,15 @@ def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def base_gguf(job: Job, work: Workspace, checkpoint: Checkpoint) -> Path:
-    """The checkpoint as llama.cpp's converter writes it."""
-    return work.step(
+    """The checkpoint as llama.cpp's converter writes it. In a dry workspace the converter only says whether it would."""
+    path = work.step(
         "base.gguf",
         _model_key(checkpoint) | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
         lambda path: convert_soundly(job, checkpoint, path),
     )
+    if path.name in work.missing:
+        convert(checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, dry_run=True)
+    return path
 
 
 def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:

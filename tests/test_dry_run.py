@@ -87,11 +87,28 @@ def test_expand(ask, files, tmp_path):
 
 
 def test_convert(ask, checkpoint_dir, base_gguf, tmp_path):
-    said = ask("convert", checkpoint_dir, "-o", tmp_path / "base.gguf")
+    said = ask("convert", checkpoint_dir, "--pre-tokenizer", "qwen2", "-o", tmp_path / "base.gguf")
     assert not list(tmp_path.iterdir())
     assert sorted((one["name"], one["type"]) for one in said["tensors"]) == sorted(tensors(base_gguf))
     with pytest.raises(GgufToolError, match="--outtype f16"):
         ask("convert", checkpoint_dir, "--outtype", "f16", "-o", tmp_path / "base.gguf")
+
+
+def test_convert_is_refused_for_a_pre_tokenizer_that_is_missing_or_unknown(refused, checkpoint_dir, tmp_path, runtime):
+    convert = ("convert", checkpoint_dir, "-o", tmp_path / "base.gguf")
+    refused("does not know this vocabulary's pre-tokenizer", *convert)
+    refused("knows no pre-tokenizer 'qwen22'; near are qwen2", *convert, "--pre-tokenizer", "qwen22")
+
+
+def test_an_output_that_is_an_input_is_refused(ask, files, base_gguf):
+    pruned = files / "pruned.gguf"
+    for command in (
+        ("quantize", pruned, "Q8_0", "-o", pruned),
+        ("expand", pruned, "-o", pruned),
+        ("prune", base_gguf, "--plan", files / "plan.json", "-o", base_gguf),
+    ):
+        with pytest.raises(GgufToolError, match="is an input"):
+            ask(*command)
 
 
 def test_calibrate(ask, checkpoint_dir, base_gguf, files, tmp_path, llama):
@@ -176,6 +193,11 @@ def test_compress(ask, checkpoint_dir, tmp_path, llama):
         "compress", checkpoint_dir, "--ratio", "0.4", "--quant", "Q4_K_M", "--data", texts["calib_code"], "--windows", 1,
         "--eval", texts["eval_code"], "--backend", "cpu", "-o", tmp_path / "out",
     )  # fmt: skip
+    with pytest.raises(GgufToolError, match="does not know this vocabulary's pre-tokenizer"):
+        ask(*arguments)
+    with pytest.raises(GgufToolError, match="near are qwen2"):
+        ask(*arguments, "--pre-tokenizer", "qwen22")
+    arguments = (*arguments, "--pre-tokenizer", "qwen2")
     said = ask(*arguments)
     assert not list(tmp_path.iterdir())
     assert [step["name"].removeprefix("model-") for step in said["steps"]] == [
