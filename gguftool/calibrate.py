@@ -64,6 +64,7 @@ def calibrate(
         how = plan_memory(checkpoint, total, n_ctx, dtype, None, moments=None if obs else 0, batch=batch)
     else:
         dtype = hidden_dtype = how.dtype
+        batch = how.batch
 
     def record(module: nn.Module, layer: int) -> ExpertRecorder:
         def tell(done: int, total: int) -> None:

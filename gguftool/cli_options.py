@@ -14,8 +14,6 @@ from .sources import Source, parse_source
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from .gguf_model import GgufModel
-    from .gguf_tokenizer import GgufTokenizer
     from .recipe import Recipe
     from .runtime import Runtime
     from .terminal import Terminal
@@ -202,17 +200,3 @@ def load_runtime(backend: str) -> tuple[Runtime, ModuleType]:
 
     found = runtime.require(backend)
     return found, runtime.load(found)
-
-
-def open_gguf_model(path: Path, device: str) -> tuple[GgufModel, GgufTokenizer, ModuleType]:
-    """A GGUF that is to be measured, its tokenizer, and the llama.cpp that runs it: the built runtime or the package's."""
-    from .errors import GgufToolError
-    from .gguf_model import open_gguf
-    from .gguf_tokenizer import GgufTokenizer
-    from .runtime import load_for
-
-    if device != "cpu":
-        raise GgufToolError(f"--device {device}: a GGUF is run by llama.cpp on the CPU; leave it out")
-    model = open_gguf(path)
-    llama, _, _ = load_for("auto", path)
-    return model, GgufTokenizer(llama, path), llama

@@ -139,17 +139,11 @@ class LayeredPass:
         if batch < 1:
             raise GgufToolError(f"a batch of {batch} windows makes no progress; it takes at least 1")
         self.stream, self.checkpoint = stream, stream.checkpoint
-        longest = getattr(stream.checkpoint.config, "max_position_embeddings", None)
-        self.n_ctx = check_domains(domains, longest, stream.checkpoint.n_vocab)
+        self.n_ctx = check_windows(stream.checkpoint, domains, ranks)
         self.record, self.linears = record, linears
         self.ranks, self.tokens = ranks, sum(windows.size for _, windows in domains)
         parts = [windows[ranks.share(len(windows))] for _, windows in domains]
         self.windows = np.concatenate(parts)
-        if not len(self.windows):
-            raise GgufToolError(
-                f"{ranks.count} processes, and {self.tokens // self.n_ctx} windows of text: one has nothing to do; "
-                "start fewer, or give more text"
-            )
         self.batches = list(batches([len(windows) for windows in parts], batch))
         self.shape = (*self.windows.shape, self.checkpoint.n_embd)
         self.progress = progress or (lambda done, total, text: None)
@@ -265,6 +259,20 @@ class LayeredPass:
     def _report(self, layer: int, windows: int) -> None:
         total, count = self.checkpoint.n_layers, len(self.windows)
         self.progress(layer * count + windows, total * count, f"layer {layer + 1} of {total}")
+
+
+def check_windows(checkpoint: Checkpoint, domains: Sequence[tuple[Domain, Windows]], ranks: Ranks = ALONE) -> int:
+    """The context length of the windows.
+
+    Raises GgufToolError for windows that the checkpoint cannot be run on, and for too few of them to share out.
+    """
+    n_ctx = check_domains(domains, getattr(checkpoint.config, "max_position_embeddings", None), checkpoint.n_vocab)
+    if not any(len(windows[ranks.share(len(windows))]) for _, windows in domains):
+        raise GgufToolError(
+            f"{ranks.count} processes, and {sum(len(windows) for _, windows in domains)} windows of text: one has nothing "
+            "to do; start fewer, or give more text"
+        )
+    return n_ctx
 
 
 def _to(hidden: Tensor, loader: LayerLoader) -> Tensor:

@@ -80,8 +80,7 @@ def quantize(
             `allow_requantize`), an encoding that needs an importance matrix and has none, a failure of llama-quantize (its
             own words are given), or a result in which a tensor has another type than was asked for. No output is left behind.
     """
-    if not dry_run:
-        check_output(out, force, source)
+    check_output(out, force or dry_run, source)
     if not tools.binary.is_file():
         raise GgufToolError(f"{tools.binary}: no llama-quantize there; build the runtime first")
     file = GgufFile(source)

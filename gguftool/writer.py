@@ -65,8 +65,7 @@ def prune(
         GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged, an override
             belongs to nothing in the plan, or something has to be quantized anew and cannot be.
     """
-    if not dry_run:
-        check_output(out, force, base)
+    check_output(out, force or dry_run, base)
     file = GgufFile(base)
     file.check_whole()
     kind = _layout_in(file, plan)

@@ -18,6 +18,8 @@ from gguftool.errors import GgufToolError
 from gguftool.recipe_file import RunRecipe
 from gguftool.sources import Source
 from gguftool.stats import CalibrationStats
+from models import sample_text, tiny_checkpoint
+from test_durable import HOLDER
 
 COMMANDS = set(gguftool.__all__) - {"GgufToolError", "__version__"}
 
@@ -134,3 +136,53 @@ def test_what_is_wrong_is_said_as_by_the_command(tmp_path):
     with pytest.raises(GgufToolError, match="--force"):
         gguftool.plan(tmp_path / "none", ratio=0.4, out=tmp_path / "p.json")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny checkpoint, and a text beside it."""
+    folder = tmp_path_factory.mktemp("api")
+    (folder / "text.txt").write_text(sample_text(300))
+    return tiny_checkpoint(folder / "model")
+
+
+@pytest.mark.parametrize("gguf", [False, True], ids=["checkpoint", "GGUF"])
+@pytest.mark.parametrize("name", ["calibrate", "refit"])
+def test_a_second_run_on_one_output_is_sent_away(name, gguf, tiny, tmp_path):
+    """Whatever it was asked for: it would clear the state of the first one."""
+    out, state = tmp_path / "out.safetensors", tmp_path / "out.safetensors.work" / "state.json"
+    state.parent.mkdir()
+    state.write_text("of the first")
+    model = tmp_path / "x.gguf" if gguf else tiny
+    run = getattr(gguftool, name)
+    more = {"plan": tmp_path / "plan.json"} if name == "refit" else {}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(state.parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "here\n"
+        with pytest.raises(GgufToolError, match=f"out.safetensors.work: process {other.pid} on .* is writing it"):
+            run(model, data=[tiny.parent / "text.txt"], out=out, ctx=32, **more)
+        assert state.read_text() == "of the first"
+        other.kill()
+
+
+def test_the_functions_refuse_what_the_commands_refuse(tiny, tmp_path):
+    text, out = tiny.parent / "text.txt", tmp_path / "out.safetensors"
+    missing = tmp_path / "missing.txt"
+    with pytest.raises(GgufToolError, match="device 'abacus' cannot be used"):
+        gguftool.calibrate(tiny, data=[missing], out=out, device="abacus")  # before any text is read
+    with pytest.raises(GgufToolError, match="--part '3/2'"):
+        gguftool.calibrate(tiny, data=[text], out=out, part="3/2")
+    with pytest.raises(GgufToolError, match="--how twice: a refit is plain or sequential"):
+        gguftool.refit(tiny, plan=tmp_path / "plan.json", data=[text], out=out, how="twice")
+    with pytest.raises(GgufToolError, match="text.txt/out.work: cannot be written"):
+        gguftool.calibrate(tiny, data=[text], out=text / "out")
+    assert not list(tmp_path.iterdir())
+    gguftool.calibrate(tiny, data=[text], out=out, ctx=32, part="1/2")
+    command = ["calibrate", tiny, "--data", text, "--ctx", 32, "--part", "1/2", "-o", tmp_path / "own", "--quiet"]
+    cli.main([str(part) for part in command], standalone_mode=False)
+    assert out.read_bytes() == (tmp_path / "own").read_bytes()
+    assert (
+        gguftool.calibrate(tiny, data=[text], out=out, ctx=32, force=True).tokens
+        > CalibrationStats.load(tmp_path / "own").tokens
+    )

@@ -504,6 +504,7 @@ def test_refusals_come_before_the_first_pass(asked, q4, tmp_path):
         ({"refit": "sequential"}, "take --refit plain"),
         ({"method": "dern", "ratio": 0.25}, "dern needs the checkpoint"),
         ({"device": "cuda"}, "on the CPU"),
+        ({"dtype": "bfloat16"}, "in its own types"),
     ):
         with pytest.raises(GgufToolError, match=words):
             carry_out(asked(model=q4, **options), tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import PreTrainedModel
 
+import gguftool
 from gguftool.bench_calibrate import BARS, QUICK, Memory, measure
 from gguftool.calibrate import calibrate
 from gguftool.checkpoint import open_checkpoint
@@ -245,6 +247,46 @@ def test_the_command_says_what_it_picked_or_refuses(checkpoint, tmp_path):
         done = CliRunner().invoke(cli, [*command, "--force", *options])
         assert isinstance(done.exception, GgufToolError) and message in str(done.exception)
     assert CalibrationStats.load(out).tokens > 0
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many windows at once the calibrations of a test run with."""
+    module, seen = sys.modules["gguftool.calibrate"], []
+    plain = module.LayeredPass
+
+    def spied(*args, batch, **options):
+        seen.append(batch)
+        return plain(*args, batch=batch, **options)
+
+    monkeypatch.setattr(module, "LayeredPass", spied)
+    return seen
+
+
+def test_the_command_runs_as_it_says(checkpoint, tmp_path, batches):
+    """Type, windows at once and limit are those of the plan, for the command as for the function."""
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(200))
+    command = ["calibrate", str(checkpoint.path), "--data", str(text), "--ctx", "32"]
+    found = {}
+    for kind in ("float32", "bfloat16"):
+        out, own = tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-own.safetensors"
+        CliRunner().invoke(cli, [*command, "--dtype", kind, "-o", str(out)], catch_exceptions=False)
+        gguftool.calibrate(checkpoint.path, data=[text], ctx=32, dtype=kind, out=own)
+        assert out.read_bytes() == own.read_bytes()
+        found[kind] = CalibrationStats.load(out)
+    one, other = (stats.neurons["h_sq"] for stats in found.values())
+    assert not np.array_equal(one, other) and one.sum() == pytest.approx(other.sum(), rel=0.1)
+    assert batches == [4] * 4  # without a limit
+    windows = found["float32"].tokens // 32
+    least = needs_of(checkpoint, windows, 32, torch.float32, None, 1).peak(1, 1, 1, False)
+    for limit, batch in ((f"{least}B", 1), ("2GiB", 16)):
+        batches.clear()
+        options = ["--memory", limit, "-o", str(tmp_path / f"{batch}.safetensors")]
+        done = CliRunner().invoke(cli, [*command, *options], catch_exceptions=False)
+        assert f"float32, {batch} windows at a time" in done.output and batches == [batch]
+        limited = CalibrationStats.load(tmp_path / f"{batch}.safetensors")
+        assert limited.neurons["h_sq"] == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 def test_the_benchmark_from_end_to_end(tmp_path):

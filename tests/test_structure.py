@@ -61,6 +61,8 @@ ROWS = [
     ({"calibrate", "refit", "dern", "writer", "expand", "quantize", "convert", "evaluate", "inspection"},
      {"numpy", "torch", "transformers", "gguf", "llama_cpp"}),
     ({"sequential", "gguf_calibrate", "gguf_refit"}, {"numpy", "torch"}),
+    ({"calibration"}, {"torch"}),
+    ({"refitting"}, {"torch"}),
     ({"probe"}, set()),
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
     ({"bench_calibrate", "bench_calibrate_worker"}, {"numpy", "torch"}),
