@@ -97,8 +97,7 @@ class Prepared:
         if name not in encoding.FLOATS:
             return False
         facts = self.stats.model
-        mix = encoding.MixFacts.of_tensors(facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert)
-        return encoding.assign(facts.tensors, name, mix) == tuple(facts.tensors)
+        return encoding.assign(facts.tensors, name, encoding.MixFacts.of_model(facts)) == tuple(facts.tensors)
 
     @property
     def quantized_types(self) -> frozenset[str]:
