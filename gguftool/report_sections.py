@@ -101,7 +101,7 @@ def size_against_quality(report: Report) -> str:
     )  # fmt: skip
     drawn = [figure(name, charts.size_quality(report, name)) for name in names]
     left = [row.label for row in report.rows if not all(isfinite(text["kld"]["mean"]) for text in row.texts.values())]
-    more = f" Without a place where their divergence is not finite: {escape(', '.join(left))}." if left else ""
+    more = f" A divergence that is not finite has no place here: {escape(', '.join(left))}." if left else ""
     return (
         '<p class="note">Down and to the left is better. Numbers are those of the table below; the dotted line joins the files '
         f"that no other one beats in both, bars are one standard error.{more}</p>"

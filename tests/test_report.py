@@ -425,7 +425,7 @@ def test_a_run_that_measured_nothing_finite_has_a_report_that_says_so(value, tmp
         journal.finish()
     state, page, markdown = states(tmp_path)
     assert state == "failed" and fault in page and fault in markdown and load(tmp_path).failures == [fault]
-    assert f"{value} ± {value}" in page and "Without a place where their divergence is not finite: auto 40 % 0." in page
+    assert f"{value} ± {value}" in page and "A divergence that is not finite has no place here: auto 40 % 0." in page
     names = ("x", "y", "x1", "x2", "y1", "y2", "width", "height", "cx", "cy", "d")
     places = [value for name, value in Page(page).attributes if name in names]
     assert len(places) > 500 and not [v for v in places if "nan" in v or "inf" in v]
@@ -460,10 +460,11 @@ def test_a_journal_hears_the_steps_and_lets_others_hear_them(tmp_path):
     assert heard == [("step", "making"), ("step", "made"), ("step", "there"), ("stage", None), ("measured", None)]
 
 
-def test_a_report_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", [OSError("disk full"), ValueError("a fault of ours")])
+def test_a_report_that_cannot_be_written_hides_no_error(fault, tmp_path, monkeypatch):
     with pytest.raises(GgufToolError, match="the real one"), Journal(tmp_path, "model") as journal:
         journal.begin()
-        monkeypatch.setattr("gguftool.journal.publish", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        monkeypatch.setattr("gguftool.journal.publish", lambda *_: (_ for _ in ()).throw(fault))
         raise GgufToolError("the real one")
 
 
