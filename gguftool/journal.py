@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from .durable import stated
-from .errors import GgufToolError
 from .report import Candidate, Report, Status
 from .report_files import publish
 from .verification import NAME as VERIFIED
@@ -111,9 +110,12 @@ class Journal:
         if error is None or not self._begun:
             return
         stopped = not isinstance(error, Exception)
-        state, message = ("interrupted", "") if stopped else ("failed", str(error) or type(error).__name__)
-        # What went wrong is raised on; that its report cannot be written either (a full disk) must not hide it.
-        with suppress(OSError, GgufToolError):
+        # What was measured and cannot be right is why the run failed, whatever else went wrong behind that.
+        faults = [f"this cannot be right: {'; '.join(self.report.failures)}"] if self.report.failures else []
+        why = "; then: ".join([*faults, str(error) or type(error).__name__])
+        state, message = ("interrupted", "") if stopped else ("failed", why)
+        # What went wrong is raised on; that its report cannot be written either (a full disk, a fault of ours) must not hide it.
+        with suppress(Exception):
             self._write(state=state, message=message, pid=0, host="")
 
     def _write(self, **changes: Any) -> None:

@@ -277,15 +277,15 @@ def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report
     watch = journal.hearing(job.watch)
     watch("stage", {"name": "measure"})
     report = judge(job, made.source.base, models, made.source.stats.model.name, made.notes)
-    journal.measured(report)
     expected = [Expected(model.label, None) for model in models]
     texts = {text: [row.texts[text] for row in report.rows] for text in report.base}
-    watch("stage", {"name": "check"})
     faults = list(failures(texts, expected, made.source.stats.model.n_vocab))
+    journal.measured(replace(report, failures=tuple(faults)))
+    watch("stage", {"name": "check"})
     faults += [*far_from_plan(job, made), *backends_apart(job, made)]
+    journal.measured(replace(report, failures=tuple(faults)))
     verified = Verified(hashes(made.work.folder, made.files, job.progress), faults)
     verified.save(made.work.folder)
-    journal.measured(replace(report, failures=tuple(faults)))
     tried = [Tried(item.label, item.path, item.plan) for item in models if item.path != made.source.base]
     add_extras(journal, job, made.source.base, tried, extras, verified.files)
     return journal.finish()

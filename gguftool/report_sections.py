@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def tiles(report: Report) -> str:
     for name in report.base:
         value = row.texts[name]
         kld = value["kld"]
-        ratio = 100 * (np.exp(value["ln_ppl_ratio"]) - 1)
+        with np.errstate(over="ignore"):  # inf is the right word for it
+            ratio = 100 * (np.exp(value["ln_ppl_ratio"]) - 1)
         found.append((f"KL divergence, {name}", f"{kld['mean']:.4f}", f"± {kld['err']:.4f} nats"))
         found.append(
             (f"perplexity, {name}", f"{ratio:+.2f} %", f"{value['base']['ppl']:.3f} → {value['pruned']['ppl']:.3f}")
@@ -99,9 +101,11 @@ def size_against_quality(report: Report) -> str:
         for kind, word in words.items() if kind in kinds
     )  # fmt: skip
     drawn = [figure(name, charts.size_quality(report, name)) for name in names]
+    left = [row.label for row in report.rows if not all(isfinite(text["kld"]["mean"]) for text in row.texts.values())]
+    more = f" A divergence that is not finite has no place here: {escape(', '.join(left))}." if left else ""
     return (
         '<p class="note">Down and to the left is better. Numbers are those of the table below; the dotted line joins the files '
-        "that no other one beats in both, bars are one standard error.</p>"
+        f"that no other one beats in both, bars are one standard error.{more}</p>"
         f'<ul class="legend">{legend}</ul>{panels(drawn)}'
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -33,7 +34,7 @@ from gguftool.report_charts import LEVELS, linear_level, log_levels
 from gguftool.report_facts import calibrated_facts, expert_facts, expert_saliency
 from gguftool.report_files import dumps, load, publish, with_card
 from gguftool.report_html import render
-from gguftool.svg import Scale, escape, short
+from gguftool.svg import Scale, escape, padded, short
 from gguftool.trial import OVERHEAD, PROGRAM, Effort, Prompt, Tried, _routing, opening, same_start, trial
 from gguftool.verification import sha256
 from reports import EVIL, make_report
@@ -133,6 +134,18 @@ def test_scales_and_levels():
     levels, low, high = log_levels([[0.0, 1.0], [10.0, 100.0]])
     assert (levels, low, high) == ([[0, 0], [4, LEVELS - 1]], 1.0, 100.0)
     assert [linear_level(v, 8) for v in (0, 0.1, 4, 8, 9)] == [0, 1, 4, 8, 8]
+
+
+def test_scales_and_levels_of_what_is_not_finite():
+    nan, inf = math.nan, math.inf
+    assert padded([nan, 2.0, inf, 1.0, -inf]) == padded([1.0, 2.0]) and padded([nan], log=True) == (1e-6, 1.0)
+    assert padded([0.1, inf, 1.0], log=True) == padded([0.1, 1.0], log=True)
+    assert Scale(0, inf, 0, 1).ticks() == Scale(nan, 1, 0, 1).ticks() == Scale(0.1, inf, 0, 1, log=True).ticks() == []
+    assert [Scale(0, 10, 100, 200)(v) for v in (nan, inf, -inf)] == [100, 200, 100]
+    assert [short(v) for v in (nan, inf, -inf)] == ["nan", "inf", "-inf"]
+    levels, low, high = log_levels([[nan, 1.0], [inf, 100.0]])
+    assert (levels, low, high) == ([[0, 0], [LEVELS - 1, LEVELS - 1]], 1.0, 100.0)
+    assert [linear_level(v, 8) for v in (nan, inf, -inf)] == [0, LEVELS - 1, 0] and linear_level(1, nan) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands the peak on")
@@ -367,6 +380,53 @@ def test_a_run_whose_numbers_cannot_be_right_has_failed(tmp_path):
     assert load(tmp_path).failures == ["KL divergence is nan"]
 
 
+def with_value(found: float) -> Report:
+    """A report in which all that was measured of its first row on its first text is `found`, and the saliency of an expert."""
+    report = make_report(candidates=2)
+    row, name = report.rows[0], "code"
+    value = row.texts[name]
+    value = {
+        **value, "pruned": {**value["pruned"], "ppl": found, "ppl_err": found}, "ln_ppl_ratio": found,
+        "kld": {**dict.fromkeys(value["kld"], found), "histogram": value["kld"]["histogram"]},
+    }  # fmt: skip
+    facts = json.loads(json.dumps(report.facts))
+    facts["experts"]["layers"][0]["saliency"][0] = found
+    rows = [replace(row, texts={**row.texts, name: value}), *report.rows[1:]]
+    candidates = [replace(report.candidates[0], texts={name: {"mean": found, "err": found}}), report.candidates[1]]
+    return replace(report, rows=rows, facts=facts, candidates=candidates)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_run_that_measured_nothing_finite_has_a_report_that_says_so(value, tmp_path):
+    fault = f"auto 40 % 0 on code: perplexity {value} (original 10.0), KL divergence {value}: not finite"
+    with Journal(tmp_path, "model") as journal:
+        journal.begin()
+        journal.measured(with_value(value))
+        journal.stage("checks")
+        journal.measured(replace(with_value(value), failures=(fault,)))
+        journal.finish()
+    state, page, markdown = states(tmp_path)
+    assert state == "failed" and fault in page and fault in markdown and load(tmp_path).failures == [fault]
+    assert f"{value} ± {value}" in page and "A divergence that is not finite has no place here: auto 40 % 0." in page
+    names = ("x", "y", "x1", "x2", "y1", "y2", "width", "height", "cx", "cy", "d")
+    places = [value for name, value in Page(page).attributes if name in names]
+    assert len(places) > 500 and not [v for v in places if "nan" in v or "inf" in v]
+
+
+def test_a_page_that_cannot_be_drawn_hides_no_failure(tmp_path, monkeypatch):
+    def fail(_: Report) -> str:
+        raise ValueError("a fault of ours")
+
+    with pytest.raises(ValueError, match="a fault of ours"), Journal(tmp_path, "model") as journal:
+        journal.begin()
+        journal.measured(replace(make_report(), failures=("KL divergence is nan",)))
+        monkeypatch.setattr(report_files, "render", fail)
+        journal.finish()
+    status = load(tmp_path).status
+    assert status.state == "failed"
+    assert status.message == "this cannot be right: KL divergence is nan; then: a fault of ours"
+
+
 def test_a_journal_hears_the_steps_and_lets_others_hear_them(tmp_path):
     heard = []
     with Journal(tmp_path, "model") as journal:
@@ -382,10 +442,11 @@ def test_a_journal_hears_the_steps_and_lets_others_hear_them(tmp_path):
     assert heard == [("step", "making"), ("step", "made"), ("step", "there"), ("stage", None), ("measured", None)]
 
 
-def test_a_report_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", [OSError("disk full"), ValueError("a fault of ours")])
+def test_a_report_that_cannot_be_written_hides_no_error(fault, tmp_path, monkeypatch):
     with pytest.raises(GgufToolError, match="the real one"), Journal(tmp_path, "model") as journal:
         journal.begin()
-        monkeypatch.setattr("gguftool.journal.publish", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        monkeypatch.setattr("gguftool.journal.publish", lambda *_: (_ for _ in ()).throw(fault))
         raise GgufToolError("the real one")
 
 

@@ -14,6 +14,7 @@ import gguftool
 from gguf_models import write_random
 from gguftool import builtin, pipeline
 from gguftool.crosscheck import CrossCheck
+from gguftool.divergence import Estimate, KlStatistics
 from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
 from gguftool.journal import Journal
@@ -220,6 +221,29 @@ def test_backends_that_disagree_are_a_failure(made, place, monkeypatch):
     monkeypatch.setattr(pipeline, "crosscheck", lambda *_, **__: CrossCheck({}, 0.05, 0.1))
     assert pipeline.backends_apart(*made) == []
     assert assessed(made).failures == () and Verified.load(place / "out").failures == ()
+
+
+def test_a_perplexity_that_is_not_finite_ends_the_run_with_a_report_that_says_why(place, tmp_path, monkeypatch):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    compare, lost = pipeline.compare_many, Estimate(math.inf, math.nan)
+
+    def broken(*arguments, **options):
+        return [
+            replace(one, divergence=replace(
+                one.divergence, ppl=lost, ln_ppl_ratio=lost,
+                kld=KlStatistics(*[math.nan] * 8, histogram=one.divergence.kld.histogram),
+            )) for one in compare(*arguments, **options)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(pipeline, "compare_many", broken)
+    said = typed("compress", "--recipe", copy / "recipe.toml", "-o", copy, "--no-extras", "--quiet", code=1)
+    fault = "global 40 % Q8_0 on eval: perplexity inf (original "
+    assert said.count("error: ") == 1 and "not done, the files are kept: " in said and fault in said
+    status = json.loads((copy / "report.json").read_text())["status"]
+    assert status["state"] == "failed" and fault in status["message"] and "not finite" in status["message"]
+    assert fault in (copy / "report.html").read_text() and fault in (copy / "report.md").read_text()
+    assert "not finite" in typed("verify", copy, "--fast", code=1)
 
 
 def row(kld, err=0.0, ppl=12.0, base=10.0, largest=1.0):
