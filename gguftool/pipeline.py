@@ -1,4 +1,4 @@
-"""compress: checkpoint -> base GGUF -> stats -> plan -> pruned GGUF -> quantized GGUF -> report, resumable."""
+"""checkpoint -> base GGUF -> stats -> plan -> pruned GGUF -> quantized GGUF -> report, resumable; `runs` puts it in a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .crosscheck import crosscheck
 from .dern import dern, drops_experts
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
-from .extras import ALL, Extras, add_extras
+from .extras import Extras, add_extras
 from .gguf_model import GgufModel, is_gguf
 from .gguf_refit import NO_SEQUENTIAL, refit_gguf
 from .journal import Journal
@@ -330,18 +330,3 @@ def backends_apart(job: Job, made: Produced) -> list[str]:
         f"{made.built.label}: {' and '.join(backends)} differ by {found.difference:.5f} in ln(perplexity), more than "
         f"{found.tolerance:.5f}; `gguftool runtime selftest` looks for the reason"
     ]
-
-
-def compress(
-    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", extras: Extras = ALL
-) -> Report:  # fmt: skip
-    """The whole line for one recipe; the report stands beside the files in `out`, from the start on (see `journal`)."""
-    check_judged(job)
-    with Journal(out, job.model.name) as journal:
-        return assess(job, produce(job, out, recipe, say, refit=refit, journal=journal), journal, extras)
-
-
-def check_judged(job: Job) -> None:
-    """Raises GgufToolError where there is no text to judge by."""
-    if not job.evaluation:
-        raise GgufToolError("compress needs a text to judge the result by: --eval FILE")

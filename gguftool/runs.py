@@ -46,7 +46,8 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears(), extras: Extras 
 
     The report has `failures` where something came of it that cannot be right.
 
-    Raises GgufToolError for a recipe that lacks what a run needs, and as `pipeline.compress` does.
+    Raises GgufToolError for a recipe that lacks what a run needs, and for all that a step of it refuses or that cannot be
+    written.
     """
     if not recipe.eval:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -30,13 +29,14 @@ from gguftool.gguf_refit import refit_gguf
 from gguftool.gguf_tokenizer import GgufTokenizer
 from gguftool.llama_observer import LlamaRun
 from gguftool.perplexity import open_session
-from gguftool.pipeline import compress
 from gguftool.planner import make_plan
-from gguftool.prepare import Job
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
 from gguftool.recipe import Recipe
+from gguftool.recipe_file import RunRecipe
 from gguftool.refit import refit
 from gguftool.requant import dequantize_rows, quantize_rows
+from gguftool.runs import Ears, carry_out
+from gguftool.sources import Source
 from gguftool.stats import CalibrationStats, Domain
 from gguftool.tensors import TensorSpec
 from gguftool.writer import prune
@@ -373,30 +373,31 @@ def test_the_fingerprint_is_that_of_the_contents(tiny, tmp_path):
 
 
 @pytest.fixture
-def job(runtime, llama, eval_text) -> Iterator[partial]:
-    yield partial(
-        Job, calibration=[builtin.texts()["calib_code"]], evaluation=[eval_text], runtime=runtime, llama=llama,
-        progress=lambda *_: None, windows=4, eval_windows=2, pre_tokenizer="qwen2",
+def asked(llama, eval_text) -> partial:
+    """A run of compress by auto, 40 %, but for what a test names."""
+    return partial(
+        RunRecipe, data=(Source(str(builtin.texts()["calib_code"])),), eval=(eval_text,), ratio=0.4, windows=4, eval_windows=2,
+        pre_tokenizer="qwen2", backend="cpu",
     )  # fmt: skip
 
 
-def test_compress_from_a_gguf_loses_what_it_loses_from_the_checkpoint(job, base_gguf, checkpoint_dir, tmp_path):
+def test_compress_from_a_gguf_loses_what_it_loses_from_the_checkpoint(asked, base_gguf, checkpoint_dir, tmp_path):
     said: list[str] = []
     reports = [
-        compress(job(model=model), tmp_path / name, Recipe("auto", 0.4), said.append, refit=how)
-        for name, model, how in (("gguf", base_gguf, ""), ("checkpoint", checkpoint_dir, "plain"))
+        carry_out(asked(model=model, refit=how), tmp_path / name, Ears(say=said.append))
+        for name, model, how in (("gguf", base_gguf, None), ("checkpoint", checkpoint_dir, "plain"))
     ]
     (got, want) = (report.rows[0] for report in reports)
     assert got.bytes == pytest.approx(want.bytes, abs=64)
     kld = [row.texts["eval_code"]["kld"]["mean"] for row in (got, want)]
     assert kld[0] == pytest.approx(kld[1], rel=0.1)
     assert any("sequential refit needs the checkpoint" in note for note in reports[0].notes)
-    compress(job(model=base_gguf), tmp_path / "gguf", Recipe("auto", 0.4), said.append)
+    carry_out(asked(model=base_gguf), tmp_path / "gguf", Ears(say=said.append))
     assert sum(line.endswith("already there") for line in said) == 4  # stats, plan, weights, file
 
 
-def test_compress_keeps_the_types_of_a_quantized_gguf(job, q4, tmp_path):
-    report = compress(job(model=q4), tmp_path / "out", Recipe("auto", 0.4, target="Q4_K_M"), lambda _: None)
+def test_compress_keeps_the_types_of_a_quantized_gguf(asked, q4, tmp_path):
+    report = carry_out(asked(model=q4, quant="Q4_K_M"), tmp_path / "out")
     (row,) = report.rows
     assert row.encoding == "Q4_K_M" and row.bytes < 0.75 * q4.stat().st_size
     assert row.texts["eval_code"]["kld"]["mean"] < 0.3
@@ -406,24 +407,22 @@ def test_compress_keeps_the_types_of_a_quantized_gguf(job, q4, tmp_path):
     assert any("the original here is Q4_K_M itself" in note for note in report.notes)
 
 
-def test_a_quantized_gguf_is_quantized_again_and_says_so(job, q4, tmp_path):
-    report = compress(
-        job(model=q4, windows=2), tmp_path / "out", Recipe("gated-sum", 0.25, target="Q3_K_M"), lambda _: None
-    )
+def test_a_quantized_gguf_is_quantized_again_and_says_so(asked, q4, tmp_path):
+    report = carry_out(asked(model=q4, windows=2, method="gated-sum", ratio=0.25, quant="Q3_K_M"), tmp_path / "out")
     assert [row.encoding for row in report.rows] == ["Q3_K_M", "Q3_K_M"]
     assert any("quantized twice" in note for note in report.notes)
     pruned = GgufFile(next((tmp_path / "out").glob("*GATED-SUM25-Q3_K_M.gguf")))
     assert pruned.value("quantize.imatrix.entries_count") > 0
 
 
-def test_refusals_come_before_the_first_pass(job, q4, tmp_path):
-    for recipe, how, device, words in (
-        (Recipe("auto", 0.4), "sequential", "cpu", "take --refit plain"),
-        (Recipe("dern", 0.25), "", "cpu", "dern needs the checkpoint"),
-        (Recipe("auto", 0.4), "", "cuda", "on the CPU"),
+def test_refusals_come_before_the_first_pass(asked, q4, tmp_path):
+    for options, words in (
+        ({"refit": "sequential"}, "take --refit plain"),
+        ({"method": "dern", "ratio": 0.25}, "dern needs the checkpoint"),
+        ({"device": "cuda"}, "on the CPU"),
     ):
         with pytest.raises(GgufToolError, match=words):
-            compress(job(model=q4, device=device), tmp_path / "out", recipe, lambda _: None, refit=how)
+            carry_out(asked(model=q4, **options), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

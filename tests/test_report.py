@@ -26,14 +26,16 @@ from gguftool.extras import Extras, make_prompts
 from gguftool.gguf_file import GgufFile
 from gguftool.journal import Journal
 from gguftool.model_card import MARK, front_matter, model_card, short_command
-from gguftool.prepare import Job
 from gguftool.provenance import command_line, files_of, provenance
 from gguftool.recipe import Recipe
+from gguftool.recipe_file import RunRecipe
 from gguftool.report import Report, Status
 from gguftool.report_charts import LEVELS, linear_level, log_levels
 from gguftool.report_facts import calibrated_facts, expert_facts, expert_saliency
 from gguftool.report_files import dumps, load, publish, with_card
 from gguftool.report_html import render
+from gguftool.runs import carry_out
+from gguftool.sources import Source
 from gguftool.svg import Scale, escape, padded, short
 from gguftool.trial import OVERHEAD, PROGRAM, Effort, Prompt, Tried, _routing, opening, same_start, trial
 from gguftool.verification import sha256
@@ -556,18 +558,16 @@ def test_every_file_has_its_hash(tmp_path, runtime):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, checkpoint_dir, runtime, llama):
-    """A small run of compress: (job, folder, report)."""
+def ran(tmp_path_factory, checkpoint_dir, llama):
+    """A small run of compress: (recipe, folder, report)."""
     texts = builtin.texts()
-    job = Job(
-        model=checkpoint_dir, calibration=[texts["calib_code"]], evaluation=[texts["eval_code"]], runtime=runtime,
-        llama=llama, progress=lambda *_: None, windows=2, eval_windows=2, pre_tokenizer="qwen2",
+    recipe = RunRecipe(
+        model=checkpoint_dir, data=(Source(str(texts["calib_code"])),), eval=(texts["eval_code"],), method="global", ratio=0.4,
+        windows=2, eval_windows=2, pre_tokenizer="qwen2", backend="cpu",
     )  # fmt: skip
     out = tmp_path_factory.mktemp("ran") / "out"
-    report = pipeline.compress(
-        job, out, Recipe("global", 0.4), lambda _: None, extras=Extras(command="gguftool compress x")
-    )
-    return job, out, report
+    report = carry_out(recipe, out, extras=Extras(command="gguftool compress x"))
+    return recipe, out, report
 
 
 def test_a_run_measures_what_its_report_shows(ran):
@@ -654,25 +654,25 @@ def test_a_completion_is_the_likeliest_token_again_and_again(base_gguf, runtime)
     ("error", "state"), [(KeyboardInterrupt(), "interrupted"), (GgufToolError("no <b>"), "failed")]
 )
 def test_a_run_that_is_stopped_leaves_a_report_of_what_it_knew(ran, monkeypatch, error, state):
-    job, out, _ = ran
+    recipe, out, _ = ran
 
     def stop(*_):
         raise error
 
     monkeypatch.setattr(pipeline, "judge", stop)
     with pytest.raises(type(error)):
-        pipeline.compress(job, out, Recipe("global", 0.4), lambda _: None, extras=Extras(measure=False))
+        carry_out(recipe, out, extras=Extras(measure=False))
     got, page, _ = states(out)
     assert got == state and "perplexity and KL divergence" in page and 'id="experts"' in page and "no <b>" not in page
     monkeypatch.undo()
-    report = pipeline.compress(job, out, Recipe("global", 0.4), lambda _: None, extras=Extras(measure=False))
+    report = carry_out(recipe, out, extras=Extras(measure=False))
     assert report.status.done and "speed" not in report.facts and report.facts["provenance"]["files"][0]["sha256"] == ""
 
 
 def test_a_trial_that_fails_costs_nothing_else_of_the_report(ran, monkeypatch):
-    job, out, _ = ran
+    recipe, out, _ = ran
     monkeypatch.setattr("gguftool.trial.PROGRAM", "gguftool.no_such_module")
-    report = pipeline.compress(job, out, Recipe("global", 0.4), lambda _: None)
+    report = carry_out(recipe, out)
     assert report.status.done and "ended with exit code 1" in report.facts["speed"]["error"] and report.rows
     assert "Not measured: base.gguf: the" in (out / "report.html").read_text()
 
