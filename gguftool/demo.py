@@ -99,4 +99,4 @@ def _run(
     journal.stage("perplexity and KL divergence")
     journal.measured(judge(job, source.base, built, source.stats.model.name, notes))
     tried = [Tried(item.label, item.path, item.plan) for item in (shown, rival)]
-    add_extras(journal, job, source.base, tried, extras, {})
+    add_extras(journal, job, source, tried, extras, {})

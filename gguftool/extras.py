@@ -12,7 +12,7 @@ from .errors import GgufToolError
 from .gguf_file import GgufFile
 from .journal import Journal
 from .model_card import card_facts
-from .prepare import Job
+from .prepare import Job, Prepared
 from .provenance import provenance
 from .sources import Source
 from .trial import Prompt, Tried, opening, trial
@@ -41,13 +41,14 @@ ALL = Extras()
 
 
 def add_extras(
-    journal: Journal, job: Job, base: Path, models: Sequence[Tried], extras: Extras, known: Mapping[str, str]
-) -> None:
+    journal: Journal, job: Job, source: Prepared, models: Sequence[Tried], extras: Extras, known: Mapping[str, str]
+) -> None:  # fmt: skip
     """Adds the sections of `trial`, `provenance` and `model_card` to the journal; `models` without the original, the report's
     main row first; `known` are hashes of outputs that there are already, by name.
 
     A trial that fails is said in the report and costs nothing else of it.
     """
+    base = source.base
     if extras.measure:
         journal.stage("speed, memory, routing, completions")
         try:
@@ -65,7 +66,8 @@ def add_extras(
         layout = "stock" if plan is None or plan.uniform else "tiered"
         journal.learn(card=card_facts(GgufFile(base), job.model, models[0].path, main.encoding, layout))
     journal.stage("hashes" if extras.measure else "provenance")
-    inputs = [job.model, *_files(job.calibration), *job.evaluation]
+    # A model of the hub lies in the cache: job.model is its name there, and no path.
+    inputs = [source.model.path, *_files(job.calibration), *job.evaluation]
     outputs = [journal.folder / name for name in dict.fromkeys([*journal.stages, "recipe.toml", "verified.json"])]
     journal.learn(
         provenance=provenance(

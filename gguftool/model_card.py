@@ -14,6 +14,7 @@ import yaml
 
 from .gguf_file import GgufFile
 from .report import Report, Row, markdown_table, megabytes
+from .sources import is_hub_id
 
 # By this a card of ours is told from a file that somebody else put there.
 MARK = "<!-- model card by gguftool -->"
@@ -21,14 +22,15 @@ CARD = "README.md"
 
 
 def card_facts(base: GgufFile, model: Path, file: Path, encoding: str, layout: str) -> dict[str, str]:
-    """The section `card`: what the base GGUF says of its license and of where it comes from, or the path of `model` does.
+    """The section `card`: what the base GGUF says of its license and of where it comes from, or `model` does, which is a path or
+    the model's name on the hub.
 
     llama.cpp's converter copies license and names out of the checkpoint's own card.
     """
     url = str(base.value("general.repo_url", base.value("general.source.repo_url", "")))
     return {
         "file": file.name, "encoding": encoding, "layout": layout, "arch": str(base.value("general.architecture", "")),
-        "base_model": _hub_name(url) or _hub_cache_name(model),
+        "base_model": model.as_posix() if is_hub_id(model) else _hub_name(url) or _hub_cache_name(model),
         "quantized_by": "",
         **{
             key: str(base.value(f"general.license{suffix}", ""))

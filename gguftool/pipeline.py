@@ -287,7 +287,7 @@ def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report
     verified = Verified(hashes(made.work.folder, made.files, job.progress), faults)
     verified.save(made.work.folder)
     tried = [Tried(item.label, item.path, item.plan) for item in models if item.path != made.source.base]
-    add_extras(journal, job, made.source.base, tried, extras, verified.files)
+    add_extras(journal, job, made.source, tried, extras, verified.files)
     return journal.finish()
 
 

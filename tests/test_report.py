@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -628,6 +629,26 @@ def test_a_run_says_where_everything_came_from(ran, checkpoint_dir):
     card = (out / "README.md").read_text()
     assert matter(card)["tags"][-1] == "BF16" and pruned in card
     assert report.facts["card"]["layout"] == GgufFile(out / pruned).value("gguftool.layout")
+
+
+@pytest.fixture
+def again(ran, tmp_path, monkeypatch):
+    """The same run in a folder of its own, in which nothing is measured anew: (recipe, folder)."""
+    recipe, out, report = ran
+    shutil.copytree(out, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "judge", lambda *_: report)
+    monkeypatch.setattr(pipeline, "far_from_plan", lambda *_: [])
+    return recipe, tmp_path / "out"
+
+
+def test_a_model_of_the_hub_is_named_and_its_files_are_hashed(again, checkpoint_dir, monkeypatch):
+    recipe, out = again
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(checkpoint_dir))
+    hub = replace(recipe, model=Path("someone/A-Model"))
+    report = carry_out(hub, out, extras=Extras(measure=False))
+    names = [f["name"] for f in report.facts["provenance"]["files"] if f["role"] == "input"]
+    assert {f"{checkpoint_dir.name}/config.json", f"{checkpoint_dir.name}/model.safetensors"} <= set(names)
+    assert matter((out / "README.md").read_text())["base_model"] == "someone/A-Model"
 
 
 def test_the_router_is_watched_as_calibration_counted_it(base_gguf, stats, runtime):
