@@ -62,7 +62,6 @@ def tiles(report: Report) -> str:
             (f"perplexity, {name}", f"{ratio:+.2f} %", f"{value['base']['ppl']:.3f} → {value['pruned']['ppl']:.3f}")
         )
         found.append((f"same top token, {name}", f"{100 * value['same_top']:.1f} %", f"of {value['tokens']:,} tokens"))
-    found = found[:7]
     by_label = {model["label"]: model for model in report.facts.get("speed", {}).get("models", ())}
     base, mine = by_label.get("original"), by_label.get(row.label)
     if base and mine:

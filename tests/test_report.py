@@ -230,6 +230,19 @@ def test_a_large_report_stays_small_and_numbers_only_what_is_worth_it():
     assert 'id="spread"' not in text  # whose tokens would they be?
 
 
+def test_every_text_has_its_tiles():
+    report = make_report()
+    rows = [replace(row, texts={**row.texts, "third": row.texts["code"]}) for row in report.rows]
+    three = replace(report, base={**report.base, "third": report.base["code"]}, rows=rows)
+    tiles = render(three).partition('class="tiles"')[2].partition("</ul>")[0]
+    what = re.findall(r'class="what">([^<]*)<', tiles)
+    assert what == [
+        "size",
+        *(f"{measured}, {name}" for name in three.base for measured in ("KL divergence", "perplexity", "same top token")),
+        "generation speed", "memory",
+    ]  # fmt: skip
+
+
 def test_a_page_without_facts_has_no_empty_section():
     text = render(Report("m", 0, {}, [], ""))
     assert "<section" not in text and "<nav" not in text
