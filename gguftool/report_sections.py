@@ -248,9 +248,11 @@ def completions(report: Report) -> str:
             f"<pre>{_answer(answer['text'], original)}</pre></div>"
             for answer in prompt["answers"]
         )
+        left_out = prompt.get("left_out", 0)
+        cut = f'<p class="note">Too long here: the first {left_out:,} tokens were left out.</p>' if left_out else ""
         cards.append(
             f'<div class="card"><h3>{escape(prompt["name"])}</h3><pre class="prompt">{escape(prompt["prompt"])}</pre>'
-            f'<div class="answers">{answers}</div></div>'
+            f'{cut}<div class="answers">{answers}</div></div>'
         )
     marked = (
         "Marked is what is the same as the original's from the start. One changed token changes all that follows, so this shows"

@@ -8,8 +8,9 @@ Sections of `Report.facts`:
                  rounds, in_turns, prompt_tokens, generated_tokens, threads, backend; skipped: [{label, why}]
     routing      tokens, texts, label (of the pruned model), layers: [{layer, original [E], pruned [E]}]: shares of the tokens
                  by the expert's id in the original model
-    completions  how, n_tokens, prompts: [{name, prompt, answers: [{label, text, same, tokens, stopped}]}]; `same` counts the
-                 tokens up to the first one that is not the original's, None where the original was not run
+    completions  how, n_tokens, prompts: [{name, prompt, left_out, answers: [{label, text, same, tokens, stopped}]}]; `same`
+                 counts the tokens up to the first one that is not the original's, None where the original was not run;
+                 `left_out` those at the prompt's start that the context had no room for
 """
 
 from __future__ import annotations
@@ -191,7 +192,8 @@ def _completions(
                 "tokens": len(answer["tokens"]),
                 "same": None if first is None else same_start(first, answer["tokens"]),
             })  # fmt: skip
-        rows.append({"name": prompt.name, "prompt": prompt.shown, "answers": answers})
+        left_out = found[models[0].label]["answers"][index]["left_out"]
+        rows.append({"name": prompt.name, "prompt": prompt.shown, "left_out": left_out, "answers": answers})
     how = "as a user's message, through the model's chat template" if prompts[0].special else "continued as plain text"
     return {"how": how, "n_tokens": effort.complete, "prompts": rows}
 

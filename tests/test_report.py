@@ -39,6 +39,7 @@ from gguftool.runs import carry_out
 from gguftool.sources import Source
 from gguftool.svg import Scale, escape, padded, short
 from gguftool.trial import OVERHEAD, PROGRAM, Effort, Prompt, Tried, _routing, opening, same_start, trial
+from gguftool.trial_worker import fitted
 from gguftool.verification import sha256
 from reports import EVIL, make_report
 from synthetic import make_plan, make_stats
@@ -682,6 +683,29 @@ def test_a_completion_is_the_likeliest_token_again_and_again(base_gguf, runtime)
         long, short_one = worker.ask("complete", 12, **ask), worker.ask("complete", 5, **ask)
         assert short_one["tokens"] == long["tokens"][:5] and long["text"].startswith(short_one["text"])
         assert worker.ask("complete", 12, **ask | {"seconds": 0})["stopped"] == "time"
+
+
+def test_of_a_long_prompt_the_start_goes_but_for_the_token_of_the_beginning():
+    tokens = np.arange(10, dtype=np.int32)
+    for room, keep, want in ((10, 1, range(10)), (4, 1, [0, 7, 8, 9]), (4, 0, [6, 7, 8, 9])):
+        got, left_out = fitted(tokens, room, keep)
+        assert got.tolist() == list(want) and left_out == 10 - room
+
+
+def test_a_long_prompt_is_gone_on_from_at_its_end_and_the_page_says_so(base_gguf, runtime):
+    text = builtin.texts()["eval_code"].read_text()[:4000]
+    prompts = [Prompt(name, name, start * 200 + text) for name, start in (("a", "import os\n"), ("b", "# nothing\n"))]
+    effort = Effort(prompt=8, generate=2, rounds=1, seconds=1, complete=12)
+    prompts.append(Prompt("short", "short", text[:100]))
+    got = trial(runtime, [Tried("original", base_gguf)], prompts, {}, effort=effort)
+    one, other, short_one = got["completions"]["prompts"]
+    # What they have in common at their ends is more than the context holds.
+    assert one["answers"] == other["answers"] and one["answers"][0]["tokens"] > 0
+    assert one["left_out"] > 512 and other["left_out"] > 512 and short_one["left_out"] == 0
+    page = render(replace(make_report(), facts=got))
+    assert page.count("tokens were left out.") == 2
+    assert f"the first {one['left_out']:,} tokens were left out." in page
+    assert "left out" not in render(make_report()).partition('id="completions"')[2]
 
 
 @pytest.mark.parametrize(
