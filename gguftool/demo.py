@@ -51,7 +51,7 @@ def run(
     extras: Extras = ALL,
 ) -> Report:  # fmt: skip
     """Calibrates on code, judges on code and on prose, and puts quantization alone beside it."""
-    with Journal(out, "Builtin 7M") as journal:
+    with Journal(out, "Builtin 7M", say) as journal:
         _run(out, runtime, llama, eval_windows, progress, say, extras, journal)
         return journal.finish()
 

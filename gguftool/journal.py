@@ -22,7 +22,7 @@ from .durable import stated
 from .report import Candidate, Report, Status
 from .report_files import publish
 from .verification import NAME as VERIFIED
-from .workspace import Watch
+from .workspace import Say, Watch
 
 # What a run does that makes no file, in words.
 STAGES = {
@@ -36,15 +36,16 @@ RECORDS = (VERIFIED, "fit.json")
 
 
 class Journal:
-    """A context manager around a run that writes into `folder`.
+    """A context manager around a run that writes into `folder`; `say` hears what a person should know of the report's files.
 
     Attributes:
         report: what is known so far.
         stages: the stages so far; those of a `Workspace` have the names of files.
     """
 
-    def __init__(self, folder: Path, model: str) -> None:
+    def __init__(self, folder: Path, model: str, say: Say = lambda _text: None) -> None:
         self.folder = folder
+        self._say = say
         self._begun = False
         self.stages: list[str] = []
         start = _now()
@@ -121,7 +122,8 @@ class Journal:
     def _write(self, **changes: Any) -> None:
         status = replace(self.report.status, updated=_now(), **changes)
         self.report = replace(self.report, status=status)
-        publish(self.report, self.folder)
+        for note in publish(self.report, self.folder):
+            self._say(f"note: {note}")
 
 
 def _now() -> str:

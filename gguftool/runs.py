@@ -54,7 +54,7 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears(), extras: Extras 
     ask, job, pruning = ask_of(recipe), job_of(recipe, ears), recipe.pruning
     for line in changed_inputs(recipe):
         ears.say(f"note: {line}")
-    with Journal(out, job.model.name) as journal:
+    with Journal(out, job.model.name, ears.say) as journal:
         found = None
         if ask is None:
             made = produce(job, out, pruning, ears.say, refit=recipe.refit or "", journal=journal)

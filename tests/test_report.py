@@ -35,7 +35,7 @@ from gguftool.report_charts import LEVELS, linear_level, log_levels
 from gguftool.report_facts import calibrated_facts, expert_facts, expert_saliency
 from gguftool.report_files import dumps, load, publish, with_card
 from gguftool.report_html import render
-from gguftool.runs import carry_out
+from gguftool.runs import Ears, carry_out
 from gguftool.sources import Source
 from gguftool.svg import Scale, escape, padded, short
 from gguftool.trial import OVERHEAD, PROGRAM, Effort, Prompt, Tried, _routing, opening, same_start, trial
@@ -733,6 +733,16 @@ def test_a_trial_that_fails_costs_nothing_else_of_the_report(ran, monkeypatch):
     report = carry_out(recipe, out)
     assert report.status.done and "ended with exit code 1" in report.facts["speed"]["error"] and report.rows
     assert "Not measured: base.gguf: the" in (out / "report.html").read_text()
+
+
+def test_a_run_says_that_somebody_elses_readme_stays(again):
+    recipe, out = again
+    (out / "README.md").write_text("mine")
+    said: list[str] = []
+    carry_out(recipe, out, Ears(say=said.append), Extras(measure=False))
+    note = f"note: {out / 'README.md'} was not made by gguftool and stays as it is; move it to have the model card"
+    assert [line for line in said if "README" in line] == [note]
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_prompts_that_are_given_go_through_the_chat_template(tmp_path, base_gguf, monkeypatch):
