@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -526,6 +527,42 @@ def test_a_card_tells_nobody_where_files_lay():
     typed = command_line(["compress", "/home/me/My Model/", "--ratio", "0.4", "-o", "../out", "--data", "~/a.txt"])
     assert typed == "gguftool compress '/home/me/My Model/' --ratio 0.4 -o ../out --data '~/a.txt'"
     assert short_command(typed) == "gguftool compress 'My Model' --ratio 0.4 -o out --data a.txt"
+    assert short_command("gguftool compress '/home/me") == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("--data=/home/me/x.txt", "--data=x.txt"),
+        ("-o/home/me/out/", "-oout"),
+        ("acme/secret/x.txt:text:20@2", "x.txt:text:20@2"),
+        ("--data=/home/me@acme/x.txt:text@2", "--data=x.txt:text@2"),
+        ("hf:/home/me/set/:train:text@2", "hf:set:train:text@2"),
+        ("--data=hf:acme/set", "--data=hf:set"),
+        ("acme/Model", "Model"),
+        ("C:\\Users\\me\\x.txt", "x.txt"),
+        ("--ratio=0.4", "--ratio=0.4"),
+        ("--quiet", "--quiet"),
+        # What everybody can look up stays whole, and so does what is no path.
+        ("Org/Model", "Org/Model"),
+        ("hf:Org/Set/en:train:text:20@0.5", "hf:Org/Set/en:train:text:20@0.5"),
+        ("--data=hf:Org/Set/en", "--data=hf:Org/Set/en"),
+        ("--prompt=this and/or that", "--prompt=this and/or that"),
+    ],
+)
+def test_however_a_path_is_written_its_folders_stay_off_the_card(given, shown):
+    report = card_of(base_model="Org/Model")
+    texts = [{"name": name, "sha256": "0" * 64, "tokens": 9} for name in ("Org/Set/en:train", "set:train", "x.txt")]
+    command = command_line(["compress", given, "--prompt", "either/or"])
+    facts = {
+        **report.facts, "model": {**report.facts["model"], "texts": texts},
+        "provenance": {**report.facts["provenance"], "command": command},
+    }  # fmt: skip
+    text = model_card(replace(report, facts=facts))
+    (line,) = [line for line in text.splitlines() if line.startswith("gguftool compress ")]
+    assert shlex.split(line) == ["gguftool", "compress", shown, "--prompt", "either/or"]
+    if given != shown:
+        assert not re.search("home|me@|acme|Users", text)
 
 
 def test_a_readme_of_somebody_else_stays(tmp_path):
