@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +39,7 @@ pre_tokenizer = "qwen2"
 backend = "cpu"
 """
 PRUNED = "model-GLOBAL40-Q8_0.gguf"
+HOST = "the-host-of-this-run"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,9 @@ def place(tmp_path_factory, checkpoint_dir, llama):
     shutil.copyfile(builtin.texts()["eval_code"], folder / "eval.txt")
     (folder / "model").symlink_to(checkpoint_dir)
     (folder / "r.toml").write_text(RECIPE)
-    said = typed("compress", "--recipe", folder / "r.toml", "--ratio", 0.4, "-o", folder / "out", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: HOST)
+        said = typed("compress", "--recipe", folder / "r.toml", "--ratio", 0.4, "-o", folder / "out", "--json")
     assert json.loads(said)["failures"] == []
     return folder
 
@@ -100,6 +105,17 @@ def test_damage_is_found_with_its_name_and_both_hashes(place, tmp_path):
     assert said.count(f"sha256 was {'0' * 64}, and is {was}") == 2
     Verified(record.files, ["KL divergence of 9"]).save(copy)
     assert "that run was not done: KL divergence of 9" in typed("verify", copy, "--fast", code=1)
+
+
+def test_which_files_say_where_and_when(place):
+    """As docs/trust.md has it. The command names the recipe and the folder by their paths."""
+    files = {path.name: path.read_bytes() for path in (place / "out").glob("[!.]*") if path.is_file()}
+    assert {"README.md", "report.md", "verified.json", "state.json", "stats.safetensors", PRUNED} < set(files)
+    placed = {n for n, data in files.items() if str(place).encode() in data}
+    assert placed == {"report.json", "report.html", "recipe.toml"}
+    assert {n for n, data in files.items() if re.search(rb"20\d\d-\d\d-\d\dT\d\d:\d\d", data)} == {"report.json"}
+    assert b"gguftool compress --recipe r.toml --ratio 0.4 -o out --json" in files["README.md"]
+    assert not [n for n, data in files.items() if HOST.encode() in data]
 
 
 def interrupt(*_):
