@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
-from math import exp, sqrt
+from math import exp, inf, nan, sqrt
 
 import numpy as np
 import pytest
@@ -241,6 +241,14 @@ def test_backends_that_differ_are_exit_code_1(two_runtimes, base_gguf, eval_text
     code, found, said = command(capsys, monkeypatch, *arguments)
     assert code == 1 and not found["ok"] and "the backends differ by" in said and "selftest" in said
     assert judge({"a": measured("cpu"), "b": measured("cpu")}).ok
+
+
+def test_a_backend_whose_perplexity_is_not_finite_agrees_with_none():
+    def measured(ppl):
+        return {"base": {"ppl": 10.0}, "pruned": {"ppl": ppl}, "tokens": 6120}
+
+    for broken in (nan, inf):
+        assert not judge({"a": measured(10.0), "b": measured(broken)}).ok
 
 
 def test_a_backend_that_is_not_built_is_named_before_anything_runs(runtime, base_gguf, eval_text, monkeypatch):
