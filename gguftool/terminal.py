@@ -41,8 +41,8 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        # Names, paths and recipes are printed as they are: neither [en] nor :train: in them means anything. Where a table wants
-        # a style, it takes Text.
+        # Names, paths and recipes are printed as they are: neither [en] nor :key: in them means anything. Where a table wants a
+        # style, it takes Text.
         plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
         is_screen = sys.stdout.isatty()
         self.out = Console(soft_wrap=not is_screen, width=None if is_screen else 160, **plain)

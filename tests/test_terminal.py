@@ -14,8 +14,8 @@ from gguftool.recipe_file import loads
 from gguftool.terminal import Terminal
 from typed import typed
 
-# rich's :train: is a picture, its [en] and [/] are styles, the last one of nothing: an error.
-NAMES = "hf:a/b:train:2000 wiki[en].txt [bold]x[/bold] [/]"
+# rich's :key: is a picture, its [en] and [/] are styles, the last one of nothing: an error.
+NAMES = "chat.jsonl:key:2000 wiki[en].txt [bold]x[/bold] [/]"
 
 
 def test_lines_are_printed_as_they_are(capsys):
@@ -35,10 +35,11 @@ def test_strings_in_a_table_are_printed_as_they_are(capsys):
 
 
 def test_a_recipe_that_is_printed_is_the_recipe(tmp_path):
-    (tmp_path / "mine.toml").write_text('data = ["hf:a/b:train:2000", "wiki[en].txt"]\nratio = 0.4\n')
+    (tmp_path / "mine.toml").write_text('data = ["chat.jsonl:key:2000", "wiki[en].txt"]\nratio = 0.4\n')
     said = typed("recipes", tmp_path / "mine.toml")
     assert said == (tmp_path / "mine.toml").read_text()
-    assert loads(said, tmp_path).data[0].split == "train" and loads(said, tmp_path).data[0].limit == 2000
+    (source, _) = loads(said, tmp_path).data
+    assert (source.field, source.limit) == ("key", 2000)
 
 
 def test_a_line_on_a_screen_is_not_broken(monkeypatch):
