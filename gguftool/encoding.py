@@ -16,11 +16,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import GgufToolError
-from .stats import ModelFacts
 from .tensors import BLOCKS, TensorSpec, row_bytes
+
+if TYPE_CHECKING:  # it brings numpy along, which every `--help` would wait for
+    from .stats import ModelFacts
 
 
 class Target(NamedTuple):
