@@ -26,6 +26,9 @@ from typing import Any
 
 from .errors import GgufToolError
 
+# How the down projection of a dense layer is called in a GGUF, and every matrix of a shared expert.
+DENSE, SHARED = ".ffn_down.weight", "_shexp.weight"
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -63,6 +66,9 @@ class Architecture:
         predictor_names: (in the checkpoint, inside the layer behind the last one) of such layers with names of their own.
         width_key, count_key, top_k_key: config.json's keys for the neurons of one expert, the routed experts, and the
             experts used by a token.
+        shared_tied: whether llama.cpp sizes the shared experts by the width of the others: a family whose converter writes no
+            `expert_shared_feed_forward_length`.
+        heads_by_layer: whether the converter writes 0 key-value heads for layers without attention.
         norm_topk: whether the weights of a token's experts are made to add up to 1; None where config.json's
             `norm_topk_prob` says so.
         expert_order: in which the converter writes single experts' stacks.
@@ -95,10 +101,19 @@ class Architecture:
     width_key: str = "moe_intermediate_size"
     count_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
+    shared_tied: bool = False
+    heads_by_layer: bool = False
     norm_topk: bool | None = None
     expert_order: tuple[str, ...] = ("down", "gate", "up")
     converted: tuple[Converted, ...] = ()
     refused: tuple[tuple[str, object, str], ...] = ()
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """How names of tensors end that llama.cpp sizes by the experts' width."""
+        # Where config.json has one width, the GGUF has one: a dense layer's would be the same.
+        dense = (DENSE,) if self.width_key == "intermediate_size" else ()
+        return (SHARED,) * self.shared_tied + dense
 
 
 BIASED = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
@@ -125,6 +140,7 @@ GRANITE: dict[str, Any] = {
     "converted": (Converted("shared_mlp.input_linear.weight", "halves", ("ffn_gate_shexp", "ffn_up_shexp")),),
 }
 GRANITE_HYBRID = GRANITE | {
+    "heads_by_layer": True,
     "converted": (
         *GRANITE["converted"],
         Converted("mamba.conv1d.weight", "squeezed"),
@@ -132,7 +148,7 @@ GRANITE_HYBRID = GRANITE | {
         Converted("mamba.D", "column"),
         Converted("mamba.norm.weight", "grouped"),
         Converted("mamba.dt_bias", "renamed", ("mamba.dt_proj.bias",)),
-    )
+    ),
 }
 W_ORDER = ("gate", "down", "up")  # w1, w2, w3
 
@@ -164,6 +180,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "DeepSeek-V2-Lite",
         "latent attention, shared experts, dense first layers",
         count_key="n_routed_experts",
+        shared_tied=True,
         norm_topk=False,
         converted=KV_B,
         refused=(
@@ -182,6 +199,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "latent attention, sigmoid router with groups and a bias that only chooses, shared expert, dense first layers",
         router_rows=BIASED,
         count_key="n_routed_experts",
+        shared_tied=True,
         predictors="skipped",
         converted=KV_B,
     ),
@@ -193,6 +211,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "sigmoid router with a bias that only chooses, shared expert, dense first layers; MTP layers stay whole",
         router_rows=BIASED,
         count_key="n_routed_experts",
+        shared_tied=True,
         predictors="kept",
     ),
     Architecture(
@@ -276,6 +295,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         gate="w1",
         up="w3",
         down="w2",
+        heads_by_layer=True,
         expert_order=W_ORDER,
         converted=(
             Converted("conv.conv.weight", "squeezed"),
@@ -308,6 +328,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "sigmoid router with a bias that only chooses, shared experts, dense first layers",
         router_rows=BIASED,
         count_key="n_routed_experts",
+        shared_tied=True,
     ),
     Architecture(
         "minimax_m2",
@@ -345,6 +366,12 @@ LEFT_OUT = {
     "llama4_text": "its experts are not told which of them were chosen, and get inputs that the router has weighted",
     "hunyuan_v1_moe": "its converter reads lists with a value for every layer from config.json, which nothing here does",
 }
+
+
+def tied_in(gguf_arch: str) -> tuple[str, ...]:
+    """`Architecture.tied` of the families that are called `gguf_arch` in a GGUF; of an unknown one all that can be tied."""
+    rows = [row for row in ARCHITECTURES if row.gguf_arch == gguf_arch]
+    return tuple(end for end in (SHARED, DENSE) if not rows or any(end in row.tied for row in rows))
 
 
 def for_model_type(model_type: str) -> Architecture:

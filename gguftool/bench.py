@@ -1,8 +1,9 @@
 """How fast the patched runtime is: ratios of interleaved runs at the layer sizes of real models.
 
-Absolute times drift with the machine's clock and load; so every file has a process of its own that stays loaded, each
-round asks all of them in a random order, and only speeds of the same rounds are compared. Where a process happened to
-get its memory makes one of two equal processes a few per cent slower for all of its life; so the processes are started
+Absolute times drift with the machine's clock and load; so every file has a process of its own that stays loaded, and each
+round asks all of them for the same tokens, in a random order. What else runs on the machine, or beside it on the same
+host, only ever makes a round slower, one in five or more by a tenth or more; so a process counts by its best round. Where it
+happened to get its memory makes one of two equal processes slower for all of its life; so the processes are started
 several times, most of them twice each time, and weights are read into huge pages unless --mmap says otherwise.
 """
 
@@ -40,7 +41,7 @@ BARS = {
 }  # fmt: skip
 # How many standard errors a ratio has to be away from its bar to be clear of it; from an error of PRECISION on it need not.
 SURE = 2
-PRECISION = 0.02
+PRECISION = 0.005
 # Starts go on to so many times what was asked for.
 MOST = 2
 
@@ -91,19 +92,19 @@ class Result:
     starts: int = 0
 
     def missed(self) -> list[str]:
-        """The bars that were not reached, in words: by more than SURE standard errors, or with too much noise to tell."""
+        """The bars that were not reached, in words, and whether noise may be why."""
         out = []
         for key, bar in BARS.items():
             if key not in self.ratios:
                 continue
             ratio = self.ratios[key]
             below = ratio.value - bar if key == "pruned_memory" else bar - ratio.value
-            if below > SURE * ratio.error:
-                out.append(f"{self.model} {self.type}: {key} {ratio.value:.3f} ± {ratio.error:.3f}, the bar is {bar}")
-            elif below > 0 and not ratio.settled(bar):
-                noisy = "too noisy to tell; let nothing else run, or ask for more --starts"
+            if below > 0:
+                noisy = (
+                    "" if ratio.settled(bar) else ", and noise hides it: let nothing else run, or ask for more --starts"
+                )
                 out.append(
-                    f"{self.model} {self.type}: {key} {ratio.value:.3f} ± {ratio.error:.3f} by a bar of {bar}: {noisy}"
+                    f"{self.model} {self.type}: {key} {ratio.value:.4f} ± {ratio.error:.4f}, the bar is {bar}{noisy}"
                 )
         if not self.same_logits:
             out.append(f"{self.model} {self.type}: split and stock differ in their logits")
@@ -204,7 +205,7 @@ def check_names(models: Sequence[str], types: Sequence[str]) -> None:
 
 def measure(
     model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
-    starts: int = 4, rounds: int = 6, n_layer: int = 0, progress: Progress | None = None,
+    starts: int = 4, rounds: int = 12, n_layer: int = 0, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
 
@@ -240,7 +241,7 @@ def measure(
         found: list[_Start] = []
         while len(found) < starts or (len(found) < MOST * starts and not _settled(_ratios(found))):
             tell(len(widths) + len(found))
-            found.append(_start(jobs, options, rounds, np.random.default_rng(len(found))))
+            found.append(_start(jobs, options, rounds, len(found)))
         same = all(run.same_logits for run in found)
         with working(patched, paths["pruned"], replace(options, mmap=False), huge_pages=False) as reader:
             reader.seconds("prompt", PROMPT_TOKENS, 0)
@@ -274,16 +275,15 @@ def layers_for(shape: ModelShape, type_name: str) -> int:
 
 @dataclass(frozen=True)
 class _Start:
-    """`seconds[name][kind]`: for each process of that name the median over the rounds."""
+    """`seconds[name][kind]`: for each process of that name its best round."""
 
     seconds: dict[str, dict[str, list[float]]]
     same_logits: bool
 
 
-def _start(
-    jobs: Sequence[tuple[str, Runtime, Path]], options: Options, rounds: int, rng: np.random.Generator
-) -> _Start:
-    """One life of all processes. They are loaded and asked in random orders."""
+def _start(jobs: Sequence[tuple[str, Runtime, Path]], options: Options, rounds: int, seed: int) -> _Start:
+    """One life of all processes. They are loaded and asked in random orders, for the same tokens every time."""
+    rng = np.random.default_rng(seed)
     jobs = [job for job in jobs for _ in range(2 if job[0] in TWICE else 1)]
     with ExitStack() as stack:
         workers: list[tuple[str, Worker]] = []
@@ -295,13 +295,13 @@ def _start(
         for index in range(-1, rounds):
             for kind, n in _WORK.items():
                 for place in rng.permutation(len(workers)):
-                    taken = workers[place][1].seconds(kind, n, max(index, 0))
+                    taken = workers[place][1].seconds(kind, n, seed)
                     if index >= 0:
                         times[place][kind].append(taken)
     seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in _WORK} for name, _ in workers}
     for (name, _), kinds in zip(workers, times, strict=True):
         for kind, values in kinds.items():
-            seconds[name][kind].append(float(np.median(values)))
+            seconds[name][kind].append(min(values))
     return _Start(seconds, all(one == logits["stock"] for one in logits.values()))
 
 

@@ -42,7 +42,9 @@ def bench() -> None:
     show_default=True,
     help="How often all processes are started anew; twice that on a noisy machine.",
 )
-@click.option("--rounds", default=6, show_default=True, help="How often each of them is asked, in turns.")
+@click.option(
+    "--rounds", default=12, show_default=True, help="How often each of them is asked, in turns; the best counts."
+)
 @click.option("--layers", "n_layer", default=0, show_default=True, help="Layers of the files; 0 picks by size.")
 @click.option("--threads", default=2, show_default=True, help="Threads of llama.cpp.")
 @click.option("--mmap/--no-mmap", default=False, show_default=True, help="Map the file, or read it.")
@@ -58,8 +60,7 @@ def bench_runtime(
 ) -> None:  # fmt: skip
     """Speed of tiered files against stock ones of the same weights, at the layer sizes of real models.
 
-    Random weights, few layers, a small vocabulary. Exits with 1 where a bar is missed by more than two standard errors, or
-    where noise hides it. Nothing else should run meanwhile.
+    Random weights, few layers, a small vocabulary. Exits with 1 where a bar is missed. Nothing else should run meanwhile.
     """
     from .bench import Options, check_names, measure
     from .runtime import build

@@ -28,22 +28,24 @@ def convert(
     quiet: bool,
 ) -> None:  # fmt: skip
     """Convert a Hugging Face checkpoint with llama.cpp's own converter."""
+    from .checkpoint import open_checkpoint
     from .convert import convert as run
+    from .inventory import gguf_tensors
     from .runtime import require
 
     terminal = make_terminal(as_json, quiet)
+    if dry_run and outtype != "auto":
+        raise GgufToolError(
+            f"--dry-run: the tensors of --outtype {outtype} are not known beforehand, those of auto are"
+        )
+    with terminal.progress() as progress:
+        run(
+            model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
     if dry_run:
-        from .checkpoint import open_checkpoint
-        from .inventory import gguf_tensors
-
-        if outtype != "auto":
-            raise GgufToolError(
-                f"--dry-run: the tensors of --outtype {outtype} are not known beforehand, those of auto are"
-            )
         _show_dry(terminal, out, list(gguf_tensors(open_checkpoint(model))), "a GGUF")
         return
-    with terminal.progress() as progress:
-        run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, progress=progress)
     size = out.stat().st_size
     terminal.show({"path": str(out), "bytes": size}, f"{out}: {size:,} bytes")
 
@@ -100,9 +102,11 @@ def expand(source: Path, out: Path, dry_run: bool, force: bool, as_json: bool, q
     """Turn a tiered file into one for any llama.cpp, padded with zero neurons: the same function, more bytes."""
     from .expand import expand as run
     from .expand import plan_expansion
+    from .gguf_file import check_output
 
     terminal = make_terminal(as_json, quiet)
     if dry_run:
+        check_output(out, True, source)  # one that is there stays as it is
         found = plan_expansion(source)
         for note in found.notes:
             terminal.say(f"note: {note}")
@@ -121,12 +125,16 @@ def expand(source: Path, out: Path, dry_run: bool, force: bool, as_json: bool, q
 @click.argument("target")
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
+@click.option(
+    "--allow-requantize", is_flag=True, help="Quantize again what is quantized already, as gpt-oss's experts are."
+)
 @dry_run_option
 @force_option
 @output_options
 def quantize(
-    source: Path, target: str, out: Path, imatrix: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool
-) -> None:
+    source: Path, target: str, out: Path, imatrix: Path | None, allow_requantize: bool, dry_run: bool, force: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Quantize with llama.cpp's quantizer, every tensor to the type that the plan counted."""
     from .encoding import parse_target
     from .quantize import QuantizeTool
@@ -138,7 +146,16 @@ def quantize(
     stats = CalibrationStats.load(imatrix) if imatrix else None
     with terminal.progress() as progress:
         tool = QuantizeTool(require().tool("llama-quantize"), progress=progress)
-        made = run(source, target, out, imatrix=stats, tools=tool, force=force, dry_run=dry_run)
+        made = run(
+            source,
+            target,
+            out,
+            imatrix=stats,
+            tools=tool,
+            force=force,
+            allow_requantize=allow_requantize,
+            dry_run=dry_run,
+        )
     if dry_run:
         _show_dry(terminal, out, list(made.tensors), target)
         return

@@ -84,9 +84,8 @@ def plan(
     if as_json:
         click.echo(dumps(made), nl=False)
         return
-    layout = "stock" if made.uniform else "tiered"
     lines = [f"other tensors: {other_types(made.encoded or made.tensors)}"]
-    lines.append(f"{layout} layout, {made.tensor_bytes:,} bytes of tensors")
+    lines.append(f"{made.layout} layout, {made.tensor_bytes:,} bytes of tensors")
     if made.encoded_bytes is not None:
         lines.append(f"as {target}: {made.encoded_bytes:,} bytes of tensors")
     listing = [types_table(made.encoded or made.tensors)] if tensors else []

@@ -71,9 +71,11 @@ def verify(folder: Path, fast: bool, scratch: Path | None, as_json: bool, quiet:
 def _again(folder: Path, scratch: Path | None, terminal: Terminal) -> list[str]:
     from .recipe_file import NAME, load
     from .runs import Ears, other_conditions, replay
+    from .workspace import is_free
 
-    place = scratch or folder.with_name(folder.resolve().name + ".verify")
-    if scratch is None and place.exists() and not (place / "state.json").is_file():
+    whole = folder.resolve()  # "." and ".." have no name of their own
+    place = scratch or whole.with_name(f"{whole.name}.verify")
+    if scratch is None and not is_free(place):
         raise GgufToolError(f"{place} is there and no run of gguftool made it; name another with --scratch")
     with terminal.progress() as progress:
         found = replay(folder, place, Ears(progress, terminal.say))

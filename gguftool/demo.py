@@ -1,4 +1,4 @@
-"""demo: the built-in model, every method, one table. What a newcomer runs first and what the README shows."""
+"""demo: the built-in model, ten methods, one table. What a newcomer runs first and what the README shows."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from .errors import GgufToolError
+from .stats import ModelFacts
 from .tensors import BLOCKS, TensorSpec, row_bytes
 
 
@@ -94,7 +95,7 @@ class MixFacts:
         gguf_arch: `general.architecture`.
         n_layer: `{arch}.block_count`, multi-token-prediction layers included.
         n_expert: experts of the unpruned model, 0 for a dense one.
-        n_gqa: query heads per key-value head of layer 0; 0 where that layer has no attention.
+        n_gqa: query heads per key-value head of layer 0, as the metadata counts them; 0 where it counts none.
         has_imatrix: whether an importance matrix will be used.
         twins: whether stock stacks of experts take the 32-block twin too, as tiers always do: true for a pruned file.
     """
@@ -107,14 +108,10 @@ class MixFacts:
     twins: bool = False
 
     @classmethod
-    def of_tensors(
-        cls, tensors: Iterable[TensorSpec], gguf_arch: str, n_layer: int, n_expert: int,
-        *, has_imatrix: bool = False, twins: bool = False,
-    ) -> MixFacts:  # fmt: skip
-        """Facts of a tensor list, for whoever has no KVs: n_gqa from the rows of layer 0's attn_q and attn_k."""
-        rows = {spec.name: spec.ne[1] for spec in tensors if spec.name.startswith("blk.0.attn_") and len(spec.ne) > 1}
-        query, key = rows.get("blk.0.attn_q.weight", 0), rows.get("blk.0.attn_k.weight", 0)
-        return cls(gguf_arch, n_layer, n_expert, query // key if key else 0, has_imatrix, twins)
+    def of_model(cls, model: ModelFacts, *, has_imatrix: bool = False) -> MixFacts:
+        """Facts of an unpruned model, for whoever has no KVs."""
+        n_gqa = _heads_by_rows(model.tensors) if model.n_gqa is None else model.n_gqa
+        return cls(model.gguf_arch, model.block_count, model.n_expert, n_gqa, has_imatrix)
 
     @property
     def is_70b(self) -> bool:
@@ -122,6 +119,16 @@ class MixFacts:
         if _LAYERS_70B.get(self.gguf_arch) != self.n_layer:
             return False
         return self.gguf_arch != "llama" or (self.n_expert != 8 and self.n_gqa != 1)
+
+
+def _heads_by_rows(tensors: Iterable[TensorSpec]) -> int:
+    """Query heads per key-value head, for stats that do not say it: by the rows of layer 0's attn_q and attn_k.
+
+    Wrong where layer 0 has no attention of this kind, and the metadata counts heads all the same (Qwen3-Next).
+    """
+    rows = {spec.name: spec.ne[1] for spec in tensors if spec.name.startswith("blk.0.attn_") and len(spec.ne) > 1}
+    query, key = rows.get("blk.0.attn_q.weight", 0), rows.get("blk.0.attn_k.weight", 0)
+    return query // key if key else 0
 
 
 def parse_target(text: str) -> Target:
@@ -179,17 +186,6 @@ class ExpertTypes:
         """32 where down has 32-weight blocks, a twin of the same size or is a float; else 256, to keep its size."""
         return 32 if _costs_nothing(self.down) else 256
 
-    def at(self, n_embd: int, width: int) -> tuple[str, str, str]:
-        """The types of gate, up and down for experts of `width` neurons."""
-        return fit(self.gate, n_embd, True), fit(self.up, n_embd, True), fit(self.down, width, True)
-
-    def expert_bytes(self, n_embd: int, width: int) -> int:
-        """Bytes of one expert of `width` neurons: `width` rows of gate and up, n_embd rows of down. 0 at width 0."""
-        if width == 0:
-            return 0
-        gate, up, down = self.at(n_embd, width)
-        return width * (row_bytes(gate, n_embd) + row_bytes(up, n_embd)) + n_embd * row_bytes(down, width)
-
 
 def expert_types(tensors: Sequence[TensorSpec], target: str, facts: MixFacts) -> dict[int, ExpertTypes]:
     """For each layer with a stack of experts (stock or tiers): the types that the mix wants for them.
@@ -211,20 +207,11 @@ def expert_types(tensors: Sequence[TensorSpec], target: str, facts: MixFacts) ->
 def alignment(target: str, layers: Mapping[int, ExpertTypes] | None = None) -> int:
     """The multiple that widths should be of: 32 where at least half of the layers lose nothing by it, else 256.
 
-    `layers` comes from `expert_types`; without it, a model of 48 layers and 64 experts stands in. The planner can do
-    better layer by layer: `ExpertTypes.alignment` and `ExpertTypes.expert_bytes`.
+    `layers` comes from `expert_types`; without it, a model of 48 layers and 64 experts stands in.
     """
     layers = layers or _typical(target)
     free = sum(types.alignment == 32 for types in layers.values())
     return 32 if 2 * free >= len(layers) else 256
-
-
-def alignment_reason(target: str, layers: Mapping[int, ExpertTypes] | None = None) -> str:
-    """Why `alignment` says so: the types of ffn_down, in how many layers, and what narrower rows would cost."""
-    layers = layers or _typical(target)
-    counts = Counter(types.down for types in layers.values())
-    parts = ", ".join(f"{_describe(down)} in {n} of {len(layers)} layers" for down, n in counts.most_common())
-    return f"{parse_target(target).name}: ffn_down is {parts}"
 
 
 def _typical(target: str) -> dict[int, ExpertTypes]:
@@ -268,15 +255,6 @@ def _takes_twin(name: str, facts: MixFacts) -> bool:
 
 def _costs_nothing(down: str) -> bool:
     return row_bytes(fit(down, 32, True), 256) <= row_bytes(down, 256)
-
-
-def _describe(down: str) -> str:
-    twin = fit(down, 32, True)
-    if twin == down:
-        return f"{down} (any multiple of {max(32, BLOCKS[down][0])})"
-    share = row_bytes(twin, 256) / row_bytes(down, 256)
-    size = "of the same size" if share == 1 else f"{share - 1:.0%} larger"
-    return f"{down} (multiples of 256; else {twin}, {size})"
 
 
 def _wanted(tensors: Sequence[TensorSpec], target: Target, facts: MixFacts) -> dict[str, str]:

@@ -12,6 +12,7 @@ from .errors import GgufToolError
 from .gguf_file import GgufFile
 from .journal import Journal
 from .model_card import card_facts
+from .plan import STOCK
 from .prepare import Job, Prepared
 from .provenance import provenance
 from .sources import Source
@@ -26,7 +27,7 @@ class Extras:
     """What to add.
 
     Attributes:
-        measure: whether to run models for it and to read all files again for their hashes.
+        measure: whether to run models for it and to read the inputs again for their hashes.
         prompts: what the models are to go on from; by default how the evaluation texts begin.
         command: the command line, to be repeated.
     """
@@ -34,6 +35,10 @@ class Extras:
     measure: bool = True
     prompts: tuple[str, ...] = ()
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.prompts and not self.measure:
+            raise GgufToolError("--no-extras runs no model that could go on from --prompt; leave one of the two out")
 
 
 # All of it, with the default prompts.
@@ -63,7 +68,7 @@ def add_extras(
     main = journal.report.main
     if main is not None and models:
         plan = models[0].plan
-        layout = "stock" if plan is None or plan.uniform else "tiered"
+        layout = STOCK if plan is None else plan.layout
         journal.learn(card=card_facts(GgufFile(base), job.model, models[0].path, main.encoding, layout))
     journal.stage("hashes" if extras.measure else "provenance")
     # A model of the hub lies in the cache: job.model is its name there, and no path.

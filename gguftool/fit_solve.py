@@ -13,7 +13,6 @@ from functools import cached_property
 
 from . import __version__
 from .budget import JITTER, Memory, measure
-from .dern import drops_experts
 from .encoding import FLOATS, parse_target
 from .errors import GgufToolError
 from .gguf_model import GgufModel
@@ -154,7 +153,7 @@ class Solver:
     def _made_by(self, plan: PrunePlan) -> str | None:
         """The name that the new weights of a plan will carry."""
         if plan.recipe.method == "dern":
-            return "dern" if drops_experts(plan) else None
+            return "dern" if plan.drops_experts else None
         refit = self.refit or method(plan.recipe.method).refitted
         return "refit" if refit and can_refit(self.source.model, plan) else None
 
@@ -224,10 +223,10 @@ class Solver:
 def targets_for(source: Prepared, targets: Sequence[str], base: Base) -> tuple[list[str], list[str]]:
     """The types worth trying, and notes on those that are not: of a quantized original only its own and smaller ones."""
     names = list(dict.fromkeys(parse_target(name).name for name in targets))
-    model = source.model
-    if not isinstance(model, GgufModel) or not model.is_quantized:
+    if not source.quantized_types:
         return names, []
-    own = model.encoding
+    # Quantized checkpoints have MXFP4 experts and floats beside them: no file type, but this one keeps the experts.
+    own = source.model.encoding if isinstance(source.model, GgufModel) else "MXFP4_MOE"
     size = base.file.path.stat().st_size
 
     def smaller(name: str) -> bool:

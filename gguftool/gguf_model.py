@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .architectures import DENSE, SHARED
 from .cut import KEY
 from .encoding import FLOATS, file_type_name
 from .errors import GgufToolError
@@ -80,13 +81,13 @@ class GgufModel:
             n_expert_used=self.n_expert_used, n_ff_exp=self.n_ff_exp, n_embd=self.n_embd, n_vocab=self.n_vocab,
             tensors=file.tensors, n_group=max(1, file.arch_integer("expert_group_count", 1)),
             n_group_used=max(1, file.arch_integer("expert_group_used_count", 1)), norm_topk=self.norm_topk,
+            n_predict=max(0, file.arch_integer("nextn_predict_layers", 0)), tied=tied(file), n_gqa=n_gqa(file),
         )  # fmt: skip
 
     def down(self, layer: int, expert: int, ggml: Path) -> Tensor:
         """The down projection of an expert, float32 [d, K]. `ggml` is the library that reads quantized rows."""
         spec = self._spec(f"blk.{layer}.ffn_down_exps.weight")
-        rows = self.file.rows(spec, expert * spec.ne[1], (expert + 1) * spec.ne[1])
-        return torch.from_numpy(dequantize_rows(rows, spec.type, ggml))
+        return torch.from_numpy(dequantize_rows(self.file.expert(spec, expert), spec.type, ggml))
 
     def router(self, layer: int, ggml: Path) -> Tensor:
         """A layer's router, float32 [E, d]. Raises GgufToolError where it has none of its own."""
@@ -98,6 +99,32 @@ class GgufModel:
         if found is None:
             raise GgufToolError(f"{self.path}: has no {name}")
         return found
+
+
+def tied(file: GgufFile) -> tuple[str, ...]:
+    """How names of tensors end that llama.cpp sizes by the experts' width, because no key of the metadata is theirs.
+
+    It sizes shared experts, and some architectures dense layers, by the same key as the experts where they have none.
+    """
+    keys = {"expert_shared_feed_forward_length": SHARED, "expert_feed_forward_length": DENSE}
+    return tuple(end for key, end in keys.items() if file.arch_value(key, None) is None)
+
+
+def n_gqa(file: GgufFile) -> int:
+    """Query heads per key-value head of layer 0; 0 where it has none (llama-hparams.cpp, `llama_hparams::n_gqa`)."""
+    heads = first_integer(file, "attention.head_count", 0)
+    kv_heads = first_integer(file, "attention.head_count_kv", heads)
+    return heads // kv_heads if kv_heads > 0 and heads > 0 else 0
+
+
+def first_integer(file: GgufFile, key: str, default: int) -> int:
+    """The metadata value of `<arch>.<key>`, one whole number or one for each layer: that of layer 0."""
+    value = file.arch_value(key, default)
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, int):
+        raise GgufToolError(f"{file.path}: {file.arch}.{key} is neither a whole number nor one for each layer")
+    return value
 
 
 def is_gguf(path: Path) -> bool:

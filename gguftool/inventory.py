@@ -153,7 +153,24 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         n_group_used=checkpoint.n_group_used,
         norm_topk=checkpoint.norm_topk,
         n_predict=checkpoint.n_predict,
+        tied=checkpoint.architecture.tied,
+        n_gqa=_n_gqa(checkpoint),
     )
+
+
+def _n_gqa(checkpoint: Checkpoint) -> int:
+    """Query heads per key-value head of layer 0, as the converter writes them into the metadata.
+
+    A linear attention counts as the others' heads do, but for families whose converter counts layer by layer. Latent
+    attention with the key projection absorbed has one key-value head for all.
+    """
+    config, row = checkpoint.config, checkpoint.architecture
+    if row.heads_by_layer and checkpoint.layer_name(0, "self_attn.k_proj.weight") not in checkpoint.tensors:
+        return 0
+    heads = int(config.num_attention_heads)
+    if any(rule.rule == "kv_b" for rule in row.converted):
+        return heads
+    return heads // int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _converted_tensors(checkpoint: Checkpoint) -> Iterator[StoredTensor]:

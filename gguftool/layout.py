@@ -7,14 +7,13 @@ experts to tiers. Both the planner (before anything is written) and the writer t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import GgufToolError
-from .plan import LayerPlan, PrunePlan, Tier
+from .plan import STOCK, TIERED, LayerPlan, PrunePlan, Tier
 from .tensors import BLOCKS, TensorSpec
-
-STOCK, TIERED = "stock", "tiered"
 
 _NAME = re.compile(
     r"blk\.(?P<layer>\d+)\.(?:ffn_(?P<part>gate|up|down|gate_up)_exps(?:\.(?P<tier>\d+))?\.(?P<suffix>weight|bias|scale|input_scale)"
@@ -60,9 +59,70 @@ def map_name(layer: int) -> str:
     return f"blk.{layer}.ffn_exps_tier.weight"
 
 
-def layout_of(plan: PrunePlan) -> str:
-    """`stock` where every llama.cpp can read the result, else `tiered`."""
-    return STOCK if plan.uniform else TIERED
+def decide(plan: PrunePlan, base: Sequence[TensorSpec], tied: tuple[str, ...], whole: Container[int]) -> str:
+    """`stock` where every llama.cpp can read the result, else `tiered`.
+
+    Args:
+        base: every tensor of the unpruned file.
+        tied, whole: as `bystanders` takes them.
+
+    Raises GgufToolError where the recipe wants a stock file and there can be none.
+    """
+    if not plan.uniform:
+        return TIERED
+    others = bystanders(plan, base, tied, whole)
+    if others and plan.recipe.layout == STOCK:
+        raise GgufToolError(
+            f"{others[0]} would have to change with the experts, because a stock file says their number and width once; "
+            "leave --layout stock out"
+        )
+    return TIERED if others else STOCK
+
+
+def bystanders(
+    plan: PrunePlan, base: Sequence[TensorSpec], tied: tuple[str, ...], whole: Container[int]
+) -> tuple[str, ...]:
+    """Tensors that a uniform plan does not prune, but whose size a stock file would change with the experts'.
+
+    Args:
+        tied: how names of tensors end that llama.cpp sizes by the experts' width: of shared experts or dense layers.
+        whole: layers with experts that the plan does not know; they stay as they are.
+    """
+    if all(untouched(layer, plan) for layer in plan.layers):
+        return ()
+    names = [spec.name for spec in base]
+    found = [name for name in names if (parsed := parse(name)) and parsed.layer in whole]
+    if plan.layers[0].widths[0] != plan.n_ff_exp:
+        found += [name for name in names if name.endswith(tied)]
+    return tuple(found)
+
+
+def check_routers(plan: PrunePlan, base: Sequence[TensorSpec], n_group: int) -> None:
+    """Raises GgufToolError where experts leave a router that tells them by their number.
+
+    Args:
+        base: every tensor of the unpruned file.
+        n_group: equal groups of neighbouring experts that the router picks from; it tells them by their size.
+    """
+    for layer in plan.layers:
+        found = Counter(expert * n_group // plan.n_expert for expert in layer.router)
+        if len(found) < n_group or len(set(found.values())) > 1:
+            by_group = [found[group] for group in range(min(n_group, plan.n_expert))]
+            raise GgufToolError(
+                f"layer {layer.index}: the router has {n_group} groups and the plan keeps {by_group} experts of them; "
+                "groups must stay equal"
+            )
+    table = hash_table(base)
+    if table and any(len(layer.router) != plan.n_expert for layer in plan.layers):
+        raise GgufToolError(
+            f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed; take a method that "
+            "does not drop whole experts"
+        )
+
+
+def hash_table(base: Sequence[TensorSpec]) -> str | None:
+    """The first tensor that routes tokens to experts by a table of their ids (llama.cpp's `ffn_gate_tid2eid`)."""
+    return next((spec.name for spec in base if "ffn_gate_tid2eid" in spec.name), None)
 
 
 def untouched(layer: LayerPlan, plan: PrunePlan) -> bool:
@@ -93,7 +153,7 @@ def pieces(
     base: Sequence[TensorSpec],
     twins: dict[str, str],
     *,
-    layout: str | None = None,
+    layout: str,
     whole: Container[int] = (),
 ) -> tuple[Piece, ...]:
     """Every tensor of the pruned file, in the base file's order, a layer's tier map before its first tier.
@@ -101,7 +161,7 @@ def pieces(
     Args:
         base: every tensor of the unpruned file.
         twins: 32-block type of about the same size, for a type whose blocks do not fit a width.
-        layout: `layout_of(plan)`, or tiered where the file cannot hold the plan as a stock file.
+        layout: what `decide` said.
         whole: layers that the plan need not know; they stay as they are.
 
     Raises:
@@ -109,7 +169,7 @@ def pieces(
     """
     plan.check()
     layers = {layer.index: layer for layer in plan.layers}
-    stock = (layout or layout_of(plan)) == STOCK
+    stock = layout == STOCK
     out: list[Piece] = []
     used: set[int] = set()
     for spec in base:

@@ -42,7 +42,7 @@ class Method:
     """A named method.
 
     Attributes:
-        stock: its plans always fit the stock layout.
+        stock: its plans are uniform, so that a stock file holds them wherever it can (see `layout.decide`).
         refitted: how the weights of its plans are refitted, "plain" or "sequential"; "" where a plan stands without.
     """
 
@@ -96,17 +96,15 @@ def drop_experts(
 
 def _experts_to_keep(facts: ModelFacts, ratio: float) -> int:
     """How many experts of a layer stay, the same number of every group. Raises GgufToolError for too few."""
-    if facts.n_expert % facts.n_group:
-        raise GgufToolError(f"{facts.n_expert} experts do not divide into the router's {facts.n_group} groups")
-    size = facts.n_expert // facts.n_group
+    size = _group_size(facts)
     each = size - round(ratio * size)
-    keep, within = each * facts.n_group, each * facts.n_group_used
+    keep = each * facts.n_group
     if keep < facts.n_expert_used:
         raise GgufToolError(
             f"{keep} of {facts.n_expert} experts would remain in each layer but {facts.n_expert_used} are routed per "
             f"token; keep at least {facts.n_expert_used} or lower --ratio"
         )
-    if within < facts.n_expert_used or (facts.n_group > 1 and each < 2):
+    if each < _least_of_group(facts):
         raise GgufToolError(
             f"{each} of {size} experts would remain in each of the router's {facts.n_group} groups, but "
             f"{facts.n_expert_used} are routed per token, from {facts.n_group_used} groups, and a group is rated by two "
@@ -226,16 +224,41 @@ def _slices(stats: CalibrationStats, recipe: Recipe, align: int, saliency: Array
     layers = keep_widths(stats, saliency, slice_widths(weighted, recipe, align))
     if not recipe.cut_router:
         return Decision(layers, formula)
-    cut = tuple(leave_router(layer, stats.model.n_expert_used) for layer in layers)
+    cut = tuple(leave_router(layer, stats.model) for layer in layers)
     gone = sum(len(old.router) - len(new.router) for old, new in zip(layers, cut, strict=True))
-    return Decision(cut, formula, (f"{gone} experts without a neuron leave the router",))
+    note = f"{gone} experts without a neuron leave the router"
+    if stats.model.n_group > 1:
+        left = sum(width == 0 for layer in cut for width in layer.widths)
+        note += f", {left} stay: each of its {stats.model.n_group} groups loses as many"
+    return Decision(cut, formula, (note,))
 
 
-def leave_router(layer: LayerPlan, n_used: int) -> LayerPlan:
-    """The layer without the experts of width 0, as far as `n_used` remain: the router then chooses among the others."""
-    order = sorted(range(len(layer.router)), key=lambda row: -len(layer.retained[row]))
-    rows = sorted(row for place, row in enumerate(order) if place < n_used or len(layer.retained[row]))
+def leave_router(layer: LayerPlan, facts: ModelFacts) -> LayerPlan:
+    """The layer without the experts of width 0: the router then chooses among the others.
+
+    As many stay in every group, enough to choose from; so some may stay that have no neuron.
+    """
+    size = _group_size(facts)
+    groups: list[list[int]] = [[] for _ in range(facts.n_group)]
+    for row in sorted(range(len(layer.router)), key=lambda row: -len(layer.retained[row])):
+        groups[layer.router[row] // size].append(row)
+    keep = max(_least_of_group(facts), *(sum(len(layer.retained[row]) > 0 for row in group) for group in groups))
+    rows = sorted(row for group in groups for row in group[:keep])
     return LayerPlan(layer.index, tuple(layer.router[r] for r in rows), tuple(layer.retained[r] for r in rows))
+
+
+def _group_size(facts: ModelFacts) -> int:
+    """How many experts the router has in each of its groups."""
+    if facts.n_expert % facts.n_group:
+        raise GgufToolError(f"{facts.n_expert} experts do not divide into the router's {facts.n_group} groups")
+    return facts.n_expert // facts.n_group
+
+
+def _least_of_group(facts: ModelFacts) -> int:
+    """How many experts of each group the router needs: those of a token, and two to rate a group by."""
+    if facts.n_group == 1:
+        return facts.n_expert_used
+    return max(2, -(-facts.n_expert_used // facts.n_group_used))
 
 
 def slice_widths(saliency: Array, recipe: Recipe, align: int) -> Ints:

@@ -28,6 +28,8 @@ VERSION = 1
 # More neurons than any expert has (Mixtral: 14336), experts than any layer: what a plan says must not decide what is allocated.
 MOST_NEURONS, MOST_EXPERTS = 1 << 20, 1 << 16
 
+STOCK, TIERED = "stock", "tiered"
+
 Neurons = NDArray[np.int64]
 
 
@@ -83,6 +85,8 @@ class PrunePlan:
         dataset: (name, tokens) of every calibration text.
         n_expert, n_expert_used, n_ff_exp: of the unpruned model.
         layers: every MoE layer, by rising index.
+        layout: of the file that `prune` writes, STOCK or TIERED; "" where nobody decided, in a plan written by hand or by an
+            older gguftool: then the base file does.
         notes: what a person should know: experts without calibration tokens, protected experts, rounding.
         tensors: every tensor of the file that `prune` writes, with its type and so its bytes.
         encoded: the same tensors as `quantize` will write them, where the recipe names a target.
@@ -99,6 +103,7 @@ class PrunePlan:
     n_expert_used: int
     n_ff_exp: int
     layers: tuple[LayerPlan, ...]
+    layout: str = ""
     notes: tuple[str, ...] = ()
     tensors: tuple[TensorSpec, ...] = ()
     encoded: tuple[TensorSpec, ...] = ()
@@ -107,6 +112,11 @@ class PrunePlan:
     def kept_share(self) -> float:
         """Share of routed-expert parameters that stay."""
         return sum(sum(layer.widths) for layer in self.layers) / (len(self.layers) * self.n_expert * self.n_ff_exp)
+
+    @property
+    def drops_experts(self) -> bool:
+        """Whether any layer's router loses experts."""
+        return any(len(layer.router) < self.n_expert for layer in self.layers)
 
     @property
     def tensor_bytes(self) -> int:
@@ -120,7 +130,7 @@ class PrunePlan:
 
     @property
     def uniform(self) -> bool:
-        """Whether every layer keeps the same number of experts and every expert the same width (the stock layout)."""
+        """Whether every layer keeps the same number of experts and every expert the same width. See `layout.decide`."""
         return len({width for layer in self.layers for width in layer.widths}) == 1 and (
             len({len(layer.router) for layer in self.layers}) == 1
         )
@@ -145,6 +155,10 @@ class PrunePlan:
             if layer.index in seen:
                 raise GgufToolError(f"the plan has layer {layer.index} twice")
             seen.add(layer.index)
+        if self.layout == STOCK and not self.uniform:
+            raise GgufToolError(
+                "the plan says that its file is stock, but its experts have different widths or numbers"
+            )
 
     def _check_layer(self, layer: LayerPlan) -> None:
         where = f"layer {layer.index}"
@@ -227,7 +241,7 @@ def dumps(plan: PrunePlan) -> str:
     head |= {"dataset": [list(item) for item in plan.dataset], "notes": list(plan.notes)}
     head |= {"n_expert": plan.n_expert, "n_expert_used": plan.n_expert_used, "n_ff_exp": plan.n_ff_exp}
     head |= {"kept_share": plan.kept_share, "kept_hash": plan.kept_hash, "tensor_bytes": plan.tensor_bytes}
-    head["encoded_bytes"] = plan.encoded_bytes
+    head |= {"encoded_bytes": plan.encoded_bytes, "layout": plan.layout}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     lines.append('  "layers": [')
     lines.append(",\n".join(_layer_json(layer, plan.n_ff_exp) for layer in plan.layers))
@@ -265,10 +279,17 @@ def _from_json(raw: dict[str, Any]) -> PrunePlan:
         n_expert_used=whole(raw["n_expert_used"], "n_expert_used", 1, MOST_EXPERTS),
         n_ff_exp=n_ff,
         layers=tuple(_layer_from_json(layer, every) for layer in raw["layers"]),
+        layout=_layout(raw.get("layout", "")),
         notes=tuple(text(note, "notes") for note in raw["notes"]),
         tensors=specs_from_json(raw["tensors"]),
         encoded=specs_from_json(raw["encoded"]),
     )
+
+
+def _layout(value: Any) -> str:
+    if value not in ("", STOCK, TIERED):
+        raise ValueError(f"layout: {str(value)[:40]} is not {STOCK} or {TIERED}")
+    return str(value)
 
 
 def _layer_from_json(raw: dict[str, Any], every: Neurons) -> LayerPlan:

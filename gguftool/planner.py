@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from . import encoding, layout
+from .architectures import tied_in
 from .errors import GgufToolError
 from .methods import check_lengths, check_options, method
 from .plan import PrunePlan
 from .recipe import Recipe
-from .stats import CalibrationStats
+from .stats import CalibrationStats, ModelFacts
 from .tensors import TensorSpec
 
 DEFAULT_ALIGN = 32
@@ -24,15 +25,14 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     facts = stats.model
     how = method(recipe.method)
     check_options(recipe)
+    _check_router(stats, recipe)
     check_lengths(stats, recipe)
     if recipe.layout == "stock" and not how.stock:
         raise GgufToolError(
             f"--layout stock: {recipe.method} gives experts different widths, which only the tiered layout can hold; "
             "take a whole-expert method or enp, or leave --layout out"
         )
-    mix = encoding.MixFacts.of_tensors(
-        facts.tensors, facts.gguf_arch, facts.block_count, facts.n_expert, has_imatrix=recipe.imatrix
-    )
+    mix = encoding.MixFacts.of_model(facts, has_imatrix=recipe.imatrix)
     align = recipe.align or _alignment(stats, recipe, mix)
     if align > facts.n_ff_exp:
         raise GgufToolError(f"--align {align}: experts have only {facts.n_ff_exp} neurons")
@@ -52,14 +52,30 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
         notes=(*decision.notes, *_unrouted(stats)),
     )
     plan.check()
-    plan = replace(plan, notes=(*plan.notes, *_rounding(plan)))
-    predictors = range(facts.block_count - facts.n_predict, facts.block_count)
-    tensors = tuple(piece.spec for piece in layout.pieces(plan, facts.tensors, encoding.TWINS, whole=predictors))
+    layout.check_routers(plan, facts.tensors, facts.n_group)
+    plan = _laid_out(replace(plan, notes=(*plan.notes, *_rounding(plan))), facts)
     # A plan that keeps everything gives the stock file, which llama.cpp quantizes with its own fallbacks.
     mix = replace(mix, twins=plan.kept_share < 1)
-    encoded = encoding.assign(tensors, recipe.target, mix) if recipe.target else ()
+    encoded = encoding.assign(plan.tensors, recipe.target, mix) if recipe.target else ()
     _check_imatrix(recipe, encoded)
-    return replace(plan, tensors=tensors, encoded=encoded)
+    return replace(plan, encoded=encoded)
+
+
+def _laid_out(plan: PrunePlan, facts: ModelFacts) -> PrunePlan:
+    """The plan with its layout and the tensors of its file."""
+    predictors = range(facts.block_count - facts.n_predict, facts.block_count)
+    tied = tied_in(facts.gguf_arch) if facts.tied is None else facts.tied
+    kind = layout.decide(plan, facts.tensors, tied, predictors)
+    pieces = layout.pieces(plan, facts.tensors, encoding.TWINS, layout=kind, whole=predictors)
+    return replace(plan, layout=kind, tensors=tuple(piece.spec for piece in pieces))
+
+
+def _check_router(stats: CalibrationStats, recipe: Recipe) -> None:
+    """Raises GgufToolError where --cut-router may let experts go that cannot: with stats of nothing none would yet."""
+    if recipe.cut_router and (table := layout.hash_table(stats.model.tensors)):
+        raise GgufToolError(
+            f"--cut-router: {table} routes tokens by a table of expert ids, so all have to stay; leave it out"
+        )
 
 
 def _check_imatrix(recipe: Recipe, encoded: tuple[TensorSpec, ...]) -> None:

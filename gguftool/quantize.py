@@ -23,7 +23,7 @@ from .durable import full, held_handles, replacing, scratch
 from .encoding import FLOATS, MixFacts, assign, needs_imatrix, parse_target, quantizable
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, check_space, write_gguf
-from .gguf_model import OWN
+from .gguf_model import OWN, fingerprint, first_integer, n_gqa
 from .hf_to_gguf import FINGERPRINT_KEY
 from .plan import LayerPlan, keep_all
 from .processes import ending
@@ -76,12 +76,11 @@ def quantize(
     """Writes `source` as `out` in the encoding `target`; `source` is only read. `dry_run`: checks and counts only.
 
     Raises:
-        GgufToolError: an unknown target, an output that exists, too little disk, a source that is quantized already,
-            an encoding that needs an importance matrix and has none, a failure of llama-quantize (its own words are
-            given), or a result in which a tensor has another type than was asked for. No output is left behind.
+        GgufToolError: an unknown target, an output that exists, too little disk, a source that is quantized already (without
+            `allow_requantize`), an encoding that needs an importance matrix and has none, a failure of llama-quantize (its
+            own words are given), or a result in which a tensor has another type than was asked for. No output is left behind.
     """
-    if not dry_run:
-        check_output(out, force, source)
+    check_output(out, force or dry_run, source)
     if not tools.binary.is_file():
         raise GgufToolError(f"{tools.binary}: no llama-quantize there; build the runtime first")
     file = GgufFile(source)
@@ -127,13 +126,11 @@ def planned_types(file: GgufFile, target: str, *, has_imatrix: bool = False) -> 
 def mix_facts(file: GgufFile, *, has_imatrix: bool = False) -> MixFacts:
     """What the mix depends on, from a file's metadata; a pruned file counts as the model that it was cut from."""
     pruned = cut.read(file)
-    heads = _first(file.arch_value("attention.head_count", 0))
-    kv_heads = _first(file.arch_value("attention.head_count_kv", heads))
     return MixFacts(
         gguf_arch=file.arch,
         n_layer=int(file.arch_value("block_count")),
-        n_expert=pruned.n_expert if pruned else _first(file.arch_value("expert_count", 0)),
-        n_gqa=heads // kv_heads if kv_heads else 0,
+        n_expert=pruned.n_expert if pruned else first_integer(file, "expert_count", 0),
+        n_gqa=n_gqa(file),
         has_imatrix=has_imatrix,
         twins=pruned is not None,
     )
@@ -145,7 +142,7 @@ def imatrix_entries(stats: CalibrationStats, kept: Iterable[LayerPlan], specs: I
     gate and up see the input of their expert, sum of x^2: [experts, n_embd]; down sees its neurons, sum of h^2:
     [experts, width]; any other matrix of a block sees all tokens: [1, columns]. The count beside them is that of the
     tokens routed to the expert; where it is 0, llama-quantize weighs all columns alike. Neurons that `expand` padded
-    with zeros have sum 0. Token embeddings and output have no entry, as in llama-imatrix.
+    with zeros have sum 0. Token embeddings and output have no entry, as in llama-imatrix, though the stats have the sums.
 
     Args:
         kept: what is left of each layer; one that is missing is whole.
@@ -208,7 +205,7 @@ def write_imatrix(entries: Imatrix, stats: CalibrationStats, path: Path) -> None
 def _entries_for(file: GgufFile, target: str, specs: Sequence[TensorSpec], stats: CalibrationStats | None) -> Imatrix:
     entries: Imatrix = {}
     if stats and parse_target(target).default not in FLOATS:
-        pruned = cut.read(file)
+        pruned = None if _are_its_own(stats, file) else cut.read(file)
         _check_stats(file, pruned, stats)
         entries = imatrix_entries(stats, pruned.layers if pruned else (), specs)
     blind = [name for name in needs_imatrix(specs, target) if name not in entries]
@@ -225,16 +222,21 @@ def _entries_for(file: GgufFile, target: str, specs: Sequence[TensorSpec], stats
     return entries
 
 
+def _are_its_own(stats: CalibrationStats, file: GgufFile) -> bool:
+    """Whether this very file was calibrated: then it is whole to the stats, even where it was cut from another before."""
+    return stats.model.fingerprint.startswith(OWN) and stats.model.fingerprint == fingerprint(file)
+
+
 def _check_stats(file: GgufFile, pruned: cut.Cut | None, stats: CalibrationStats) -> None:
     """Raises GgufToolError for stats of another model than the one that the file was cut from."""
     model = stats.model
     # A file that says from which checkpoint it was made is quantized with that one's stats; those of a GGUF are of a file.
     key = f"{cut.KEY}base.fingerprint" if pruned else FINGERPRINT_KEY
     checked = pruned or not model.fingerprint.startswith(OWN)
-    if checked and (fingerprint := file.value(key, "")) and fingerprint != model.fingerprint:
+    if checked and (known := file.value(key, "")) and known != model.fingerprint:
         made, name = ("cut", file.value(f"{cut.KEY}base.name", "a model")) if pruned else ("made", "a checkpoint")
         raise GgufToolError(
-            f"{file.path} was {made} from {name} ({str(fingerprint)[:12]}), the "
+            f"{file.path} was {made} from {name} ({str(known)[:12]}), the "
             f"stats are of {model.name} ({model.fingerprint[:12]}): they are of another model, or of another version"
         )
     if pruned and (pruned.n_expert, pruned.n_ff_exp) != (model.n_expert, model.n_ff_exp):
@@ -242,13 +244,6 @@ def _check_stats(file: GgufFile, pruned: cut.Cut | None, stats: CalibrationStats
             f"{file.path} was cut from {pruned.n_expert} experts of {pruned.n_ff_exp} neurons, the stats are of "
             f"{model.n_expert} of {model.n_ff_exp}: they are of another model"
         )
-
-
-def _first(value: object) -> int:
-    """A hyperparameter that may be one number or one for each layer: that of layer 0, as llama.cpp's mix takes it."""
-    if isinstance(value, list | tuple | np.ndarray):
-        return int(value[0])
-    return int(value)  # type: ignore[call-overload]
 
 
 def _tier_rows(layer: LayerPlan, spec: TensorSpec, index: int) -> tuple[int, ...]:
@@ -293,8 +288,8 @@ def _refuse_requantizing(file: GgufFile, specs: Sequence[TensorSpec]) -> None:
     ]
     if again:
         raise GgufToolError(
-            f"{file.path}: {len(again)} tensors are quantized already ({again[0].name} is {again[0].type}); "
-            "quantize the BF16 file instead"
+            f"{file.path}: {len(again)} tensors are quantized already ({again[0].name} is {again[0].type}); quantize the "
+            "BF16 file instead, or, where there is none, --allow-requantize"
         )
 
 

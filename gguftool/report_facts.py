@@ -53,7 +53,7 @@ def expert_facts(stats: CalibrationStats, plan: PrunePlan) -> dict[str, Any]:
         "n_ff_exp": plan.n_ff_exp,
         "kept_share": plan.kept_share,
         "kept_hash": plan.kept_hash,
-        "layout": "stock" if plan.uniform else "tiered",
+        "layout": plan.layout,
         "layers": [
             {
                 "layer": layer.index,

@@ -130,7 +130,10 @@ def job_of(recipe: RunRecipe, ears: Ears) -> Job:
 
 
 def ask_of(recipe: RunRecipe) -> Ask | None:
-    """What the recipe asks of `fit`; None where it names a ratio. Raises GgufToolError for a budget that is no size."""
+    """What the recipe asks of `fit`, in the words of `compress`; None where it names a ratio.
+
+    Raises GgufToolError for a budget that is no size.
+    """
     if recipe.fit is None:
         return None
     try:
@@ -138,7 +141,10 @@ def ask_of(recipe: RunRecipe) -> Ask | None:
     except GgufToolError as error:
         raise GgufToolError(f"the budget: {error}") from error
     targets = (recipe.quant,) if recipe.quant else TARGETS
-    return Ask(budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "")
+    return Ask(
+        budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "",
+        budget_option="--fit", ctx_option="--fit-ctx",
+    )  # fmt: skip
 
 
 def fingerprint_of(recipe: RunRecipe) -> str:

@@ -4,6 +4,8 @@ Sums and counts are kept in float64 and divided on read. On disk: one safetensor
 
 Symbols (see `saliency`): token t, expert e, x_t the input of the MoE block, g_e(t) the router weight really multiplied in,
 h_t the neurons act(gate)*up, W the down projection, f_e(t) = W h_t the ungated output, p_k = h_k <W_:k, f>/||f||.
+Where experts have a bias b behind W (gpt-oss), f is the output that the model weights, W h_t + b, in all of these sums, p_k
+among them: b goes with an expert and stays with its neurons. The papers write of experts without one.
 D domains (one per --data), L MoE layers, E experts, K neurons of an expert, d the width of the residual stream.
 """
 
@@ -88,7 +90,9 @@ class ModelFacts:
     unpruned GGUF as the converter would write it, so that bytes can be counted before anything is written.
     The router picks from `n_group_used` of `n_group` equal groups of neighbouring experts. `norm_topk` says whether the
     weights of the chosen experts are made to add up to 1; None in stats of a gguftool that did not look. The last
-    `n_predict` of `block_count` layers predict further tokens (MTP): no plan prunes them.
+    `n_predict` of `block_count` layers predict further tokens (MTP): no plan prunes them. `tied` says how the names of
+    tensors end that llama.cpp sizes by the experts' width (see `layout.bystanders`). `n_gqa` are the query heads per
+    key-value head of layer 0, as the GGUF's metadata counts them (0: none). Both are None in stats of an older gguftool.
     """
 
     name: str
@@ -107,6 +111,8 @@ class ModelFacts:
     n_group_used: int = 1
     norm_topk: bool | None = None
     n_predict: int = 0
+    tied: tuple[str, ...] | None = None
+    n_gqa: int | None = None
 
 
 @dataclass(frozen=True)
@@ -305,4 +311,8 @@ def _model_facts(raw: dict[str, Any]) -> ModelFacts:
         raise ValueError(f"n_expert: {raw['n_expert_used']} of {n_expert} are used, {chosen} of {groups} groups")
     if not isinstance(raw.get("norm_topk"), bool | None):
         raise ValueError(f"norm_topk: {raw['norm_topk']}")
-    return ModelFacts(**{**raw, "moe_layers": layers, "tensors": specs_from_json(raw["tensors"])})
+    if raw.get("n_gqa") is not None:
+        whole(raw["n_gqa"], "n_gqa", 0, 2**31 - 1)
+    tied = raw.get("tied")
+    tied = None if tied is None else tuple(text(ending, "tied") for ending in tied)
+    return ModelFacts(**{**raw, "moe_layers": layers, "tensors": specs_from_json(raw["tensors"]), "tied": tied})

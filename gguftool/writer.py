@@ -15,11 +15,11 @@ from gguf import GGUFValueType as V
 from . import cut, encoding, layout
 from .errors import GgufToolError
 from .gguf_file import Bytes, GgufFile, KeyValue, Progress, check_output, copied_entries, header_bytes, write_gguf
-from .gguf_model import OWN, fingerprint
+from .gguf_model import OWN, fingerprint, tied
 from .hf_to_gguf import FINGERPRINT_KEY
-from .layout import STOCK, ExpertName, Piece, parse
+from .layout import ExpertName, Piece, parse
 from .overrides import Overrides
-from .plan import Neurons, PrunePlan
+from .plan import STOCK, Neurons, PrunePlan
 from .requant import check_quantizer, copies, quantize_rows, take_columns
 from .tensors import BLOCKS, TensorSpec
 
@@ -65,8 +65,7 @@ def prune(
         GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged, an override
             belongs to nothing in the plan, or something has to be quantized anew and cannot be.
     """
-    if not dry_run:
-        check_output(out, force, base)
+    check_output(out, force or dry_run, base)
     file = GgufFile(base)
     file.check_whole()
     kind = _layout_in(file, plan)
@@ -110,27 +109,18 @@ def _predictors(file: GgufFile) -> range:
 
 
 def _layout_in(file: GgufFile, plan: PrunePlan) -> str:
-    """The plan's layout, but tiered where a stock file's metadata would change what is not pruned too.
+    """The plan's layout; what the file demands where nobody decided. A tiered file can hold every plan.
 
-    Raises GgufToolError where the recipe wants a stock file.
+    Raises GgufToolError where the plan counts on a stock file, and this base cannot become one.
     """
-    kind = layout.layout_of(plan)
-    if kind != STOCK or all(layout.untouched(layer, plan) for layer in plan.layers):
-        return kind
-    names = [spec.name for spec in file.tensors]
-    others = [name for name in names if (parsed := parse(name)) and parsed.layer in _predictors(file)]
-    if plan.layers[0].widths[0] != plan.n_ff_exp:
-        # llama.cpp sizes shared experts, and some architectures dense layers, by the same key as the experts.
-        if file.arch_value("expert_shared_feed_forward_length", None) is None:
-            others += [name for name in names if name.endswith("_shexp.weight")]
-        if _width_key(file) == f"{file.arch}.feed_forward_length":
-            others += [name for name in names if name.endswith(".ffn_down.weight")]
-    if others and plan.recipe.layout == STOCK:
+    facts = (plan, file.tensors, tied(file), _predictors(file))
+    if plan.layout == STOCK and (others := layout.bystanders(*facts)):
+        _check_model(file, plan)
         raise GgufToolError(
-            f"{others[0]} would have to change with the experts, because a stock file says their number and width once; "
-            "leave --layout stock out"
+            f"{file.path}: the plan counts on a stock file, in which {others[0]} of this base would change with the experts; "
+            "the plan was made for a file of another converter: calibrate and plan this one"
         )
-    return layout.TIERED if others else kind
+    return plan.layout or layout.decide(*facts)
 
 
 def _check_model(file: GgufFile, plan: PrunePlan) -> None:
@@ -141,17 +131,7 @@ def _check_model(file: GgufFile, plan: PrunePlan) -> None:
     for key, want in facts.items():
         if (have := file.arch_integer(key)) != want:
             raise GgufToolError(f"{file.path} has {key} {have}, the plan {want}: it was made for another model")
-    groups = file.arch_integer("expert_group_count", 0)
-    for layer in plan.layers if groups > 1 else ():
-        by_group = np.bincount([e * groups // plan.n_expert for e in layer.router], minlength=groups)
-        if len(set(by_group.tolist())) > 1:
-            raise GgufToolError(
-                f"layer {layer.index}: the router has {groups} groups and the plan keeps {by_group.tolist()} experts of "
-                "them; groups must stay equal"
-            )
-    table = next((spec.name for spec in file.tensors if "ffn_gate_tid2eid" in spec.name), None)
-    if table and any(len(layer.router) != plan.n_expert for layer in plan.layers):
-        raise GgufToolError(f"{table} routes tokens by a table of expert ids: no expert can be dropped, only narrowed")
+    layout.check_routers(plan, file.tensors, max(1, file.arch_integer("expert_group_count", 1)))
 
 
 def _check_fingerprint(file: GgufFile, plan: PrunePlan) -> None:
@@ -222,7 +202,12 @@ def _entries(
     entries = dict(copied)
     percent = round(100 * (1 - plan.kept_share))
     base_name = str(file.value("general.name", plan.model_name))
-    if all(layout.untouched(layer, plan) for layer in plan.layers) and not made_by:
+    # A file that was pruned before says then that it was cut from that one, or its stats would not be known for its own.
+    if (
+        all(layout.untouched(layer, plan) for layer in plan.layers)
+        and not made_by
+        and f"{cut.KEY}version" not in entries
+    ):
         return entries
     if kind == STOCK:
         width, count = plan.layers[0].widths[0], len(plan.layers[0].router)
@@ -317,39 +302,46 @@ def _producer(file: GgufFile, pieces: dict[str, Piece], source: _Source) -> Call
         if piece.source is None:
             assert piece.layer is not None
             return cut.tier_map(piece.layer).view(np.uint8)
+        if piece.tier is not None:
+            return _stack(file, piece, source)
         raw = file.raw(piece.source)
         if piece.layer is None:
             return raw
-        if piece.tier is None:
-            # One row an expert, whether the tensor is the router's matrix or a vector of biases.
-            rows = raw.reshape(layout.n_entries(piece.source.ne), -1)[list(piece.layer.router)]
-            return rows.reshape(*reversed(spec.ne[1:]), -1)
-        return _stack(raw, piece, source)
+        # One row an expert, whether the tensor is the router's matrix or a vector of biases.
+        rows = raw.reshape(layout.n_entries(piece.source.ne), -1)[list(piece.layer.router)]
+        return rows.reshape(*reversed(spec.ne[1:]), -1)
 
     return produce
 
 
-def _stack(raw: Bytes, piece: Piece, source: _Source) -> Bytes:
-    """One tier's stack out of the whole stack [experts, rows, row bytes] (or [experts, row bytes] for biases)."""
-    assert piece.layer is not None and piece.tier is not None and piece.source is not None
+def _stack(file: GgufFile, piece: Piece, source: _Source) -> Bytes:
+    """One tier's stack [experts, rows, row bytes], or its biases [experts, row bytes]. Only its experts are read, in turn."""
+    assert piece.tier is not None
+    rows = piece.tier.rows
+    first = _expert(file, piece, rows[0], source)
+    stack = np.empty((len(rows), *first.shape), np.uint8)
+    stack[0] = first
+    for place, row in enumerate(rows[1:], start=1):
+        stack[place] = _expert(file, piece, row, source)
+    return stack
+
+
+def _expert(file: GgufFile, piece: Piece, row: int, source: _Source) -> Bytes:
+    """What a tier's stack holds of the expert in router row `row`."""
+    assert piece.layer is not None and piece.source is not None
     name = parse(piece.source.name)
     assert name is not None
-    parts, size = [], BLOCKS[piece.source.type][1]
-    for row in piece.tier.rows:
-        expert, neurons = piece.layer.router[row], piece.layer.retained[row]
-        one = raw[expert] if raw.ndim > 1 else raw.reshape(-1, size)[expert]
-        given = [source.given(piece, row, role) for role in _roles(name)] if name.suffix == "weight" else []
-        new = [rows for rows in given if rows is not None]
-        if new and len(new) == len(given):
-            # The base file's columns are not even cut: that could cost a quantizer that is not needed.
-            parts.append(np.concatenate(new))
-            continue
-        kept = source.kept(one, piece, name, neurons)
-        if new:
-            halves = zip(np.split(kept, len(given)), given, strict=True)
-            kept = np.concatenate([own if rows is None else rows for own, rows in halves])
-        parts.append(kept)
-    return np.stack(parts)
+    given = [source.given(piece, row, role) for role in _roles(name)] if name.suffix == "weight" else []
+    new = [rows for rows in given if rows is not None]
+    if new and len(new) == len(given):
+        # The base file's columns are not even read: to cut them could cost a quantizer that is not needed.
+        return np.concatenate(new)
+    one = file.expert(piece.source, piece.layer.router[row])
+    kept = source.kept(one, piece, name, piece.layer.retained[row])
+    if new:
+        halves = zip(np.split(kept, len(given)), given, strict=True)
+        kept = np.concatenate([own if rows is None else rows for own, rows in halves])
+    return kept
 
 
 def _roles(name: ExpertName) -> tuple[str, ...]:

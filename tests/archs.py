@@ -34,7 +34,7 @@ GRANITE = LOCAL | {
 LINEAR = {
     "num_hidden_layers": 4, "num_experts": 6, "shared_expert_intermediate_size": 32, "head_dim": 32,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_conv_kernel_dim": 4,
+    "linear_conv_kernel_dim": 4, "num_key_value_heads": 1,
 }  # fmt: skip
 
 

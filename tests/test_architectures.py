@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,20 +26,28 @@ from gguftool.cli import cli
 from gguftool.convert import convert
 from gguftool.corpus import load_domain
 from gguftool.dern import dern
+from gguftool.encoding import MixFacts
 from gguftool.errors import GgufToolError
 from gguftool.experts import canonical
+from gguftool.fit_solve import Solver, targets_for
 from gguftool.forward import LayerStream
 from gguftool.gguf_file import GgufFile
+from gguftool.gguf_model import open_gguf
 from gguftool.inspection import check, inspect
-from gguftool.inventory import gguf_tensors
+from gguftool.inventory import gguf_tensors, model_facts
+from gguftool.memory import needs_of
+from gguftool.outline import Base
 from gguftool.overrides import Overrides
+from gguftool.pipeline import produce
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
-from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
+from gguftool.prepare import Job, Prepared
+from gguftool.quantize import QuantizeTool, imatrix_entries, mix_facts, quantize
 from gguftool.recipe import Recipe
 from gguftool.refit import refit
 from gguftool.sequential import refit_sequentially
-from gguftool.stats import Domain
+from gguftool.stats import CalibrationStats, Domain
+from gguftool.workspace import Workspace
 from gguftool.writer import prune
 from llama_tools import run as llama
 from models import sample_text
@@ -98,12 +107,63 @@ def test_names_are_those_of_the_hub_and_all_of_them_have_a_place(name, checkpoin
     assert difference(ours.numpy(), theirs.numpy()) < 1e-4
 
 
+def largest_layer(checkpoint: Checkpoint) -> int:
+    """Weights of the largest decoder layer, as transformers has it in memory."""
+    layers = LayerStream(checkpoint).loader.model.get_submodule(checkpoint.architecture.layers)
+    return max(sum(value.numel() for value in layer.state_dict().values()) for layer in layers.children())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_layer_is_estimated_as_it_is_loaded(name, checkpoints):
+    checkpoint = open_checkpoint(checkpoints[name])
+    for kind in (torch.float32, torch.bfloat16):
+        assert needs_of(checkpoint, 1, 16, kind, 0, 1).layer == kind.itemsize * largest_layer(checkpoint)
+
+
+def test_a_layer_in_mxfp4_is_estimated_as_it_is_loaded(checkpoints, tmp_path):
+    """By hand, its experts: six of 3 x 64 x 64 weights, whose blocks have half as many bytes."""
+    checkpoint = open_checkpoint(in_mxfp4(checkpoints["gpt_oss"], tmp_path / "model"))
+    needs = needs_of(checkpoint, 1, 16, torch.float32, 0, 1)
+    assert needs.layer == 4 * largest_layer(checkpoint) > 4 * 6 * 3 * 64 * 64
+    assert needs == needs_of(open_checkpoint(checkpoints["gpt_oss"]), 1, 16, torch.float32, 0, 1)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_inventory_is_what_the_converter_writes(name, written):
     """Names, shapes, types and order, layers of multi-token prediction included."""
     _, checkpoint, gguf = written[name]
     expected = [(spec.name, spec.ne, spec.type) for spec in gguf_tensors(open_checkpoint(checkpoint))]
     assert [(spec.name, spec.ne, spec.type) for spec in GgufFile(gguf).tensors] == expected
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_facts_of_a_checkpoint_are_those_of_its_gguf(name, written):
+    """What plans are made from: layers, heads, and what llama.cpp sizes by the experts' width."""
+    _, directory, base = written[name]
+    ours, theirs = model_facts(open_checkpoint(directory)), open_gguf(base).facts()
+    other = {"name", "fingerprint", "model_type", "norm_topk", "tied"}
+    known, found = ({k: v for k, v in vars(facts).items() if k not in other} for facts in (ours, theirs))
+    assert known == found
+    tied = [[t.name for t in facts.tensors if t.name.endswith(facts.tied)] for facts in (ours, theirs)]
+    assert tied[0] == tied[1] and bool(tied[0]) == (name in SHARED)
+    assert MixFacts.of_model(ours) == mix_facts(GgufFile(base))
+
+
+@pytest.mark.parametrize("target", ["Q2_K", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe"])
+def test_linear_attention_gets_the_types_that_were_planned(name, target, written, runtime, tmp_path):
+    """The first layer has none of the heads by which these types go, and the metadata says how many there are."""
+    _, directory, base = written[name]
+    tools = QuantizeTool(runtime.tool("llama-quantize"))
+    for facts in (model_facts(open_checkpoint(directory)), open_gguf(base).facts()):
+        assert facts.n_gqa == 4
+        recipe = Recipe("enp", 0.5, target=target, align=32, imatrix=False)
+        plan = make_plan(CalibrationStats.blank(facts), recipe)
+        prune(base, plan, tmp_path / "pruned.gguf", force=True)
+        made = quantize(tmp_path / "pruned.gguf", target, tmp_path / "out.gguf", tools=tools, force=True)
+        types = {spec.name: spec.type for spec in GgufFile(made.path).tensors}
+        assert types == {spec.name: spec.type for spec in plan.encoded}
+        assert types["blk.0.attn_qkv.weight"] == {"Q2_K": "Q5_0", "IQ4_XS": "Q5_1"}[target]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -126,6 +186,31 @@ def test_from_checkpoint_to_pruned_file(name, checkpoints, bases, runtime, tmp_p
     assert difference(found["tiers"], masked(checkpoint, tiers)) < BOUND
     assert difference(found["drop"], masked(checkpoint, drop)) < BOUND
     assert min(difference(found[label], found["whole"]) for label in ("tiers", "drop")) > 20 * BOUND
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_plan_says_what_the_file_will_be(name, written, tmp_path):
+    """Layout and every tensor, of a plan from the checkpoint alone; `fit` knows the bytes of what is written from it."""
+    _, directory, base = written[name]
+    checkpoint = open_checkpoint(directory)
+    stats = CalibrationStats.blank(model_facts(checkpoint))
+    source = Prepared(checkpoint, base, stats, ())
+    work = Workspace(tmp_path / "work", lambda _: None)
+    for method, ratio in (("enp", 0.5), ("gated-sum", 0.34), ("gated-sum", 0.0)):
+        recipe = Recipe(method, ratio, target="Q8_0", align=32)
+        plan = make_plan(stats, recipe)
+        made = prune(base, plan, tmp_path / f"{method}{ratio}.gguf")
+        file = GgufFile(tmp_path / f"{method}{ratio}.gguf")
+        assert made.layout == plan.layout == str(file.value("gguftool.layout", "stock")) and made.notes == []
+        assert made.layout == ("tiered" if (name, method) in TIED and ratio else "stock")
+        choice = Solver(SimpleNamespace(), work, source, 1 << 40, 64, recipe).cut("Q8_0", ratio)
+        assert [spec.name for spec in choice.outline.specs] == [spec.name for spec in file.tensors]
+
+
+# Experts that go are still in a layer which predicts further tokens; narrower ones would make the shared expert narrower.
+SHARED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1")
+TIED = {(name, "enp") for name in SHARED}
+TIED |= {(name, how) for name in ("glm4_moe", "qwen3_next", "qwen3_5_moe") for how in ("enp", "gated-sum")}
 
 
 def loaded(checkpoint: Checkpoint):
@@ -266,6 +351,27 @@ def test_experts_in_mxfp4_are_read_as_llama_cpp_reads_them(checkpoints, runtime,
     assert check(inspect(GgufFile(tmp_path / "pruned.gguf"))) == []
     whole, ours = logits(runtime, TOKENS, tmp_path, base, tmp_path / "pruned.gguf")
     assert np.isfinite(ours).all() and difference(ours, whole) > 0.05
+
+
+def test_experts_in_mxfp4_are_quantized_again_and_the_run_says_so(checkpoints, runtime, llama, tmp_path):
+    """gpt-oss's own checkpoint has no unquantized one behind it: every step, to another type and to its own."""
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(600))
+    job = Job(
+        in_mxfp4(checkpoints["gpt_oss"], tmp_path / "model"), [text], [text], runtime, llama, lambda *_: None, n_ctx=64,
+        windows=4, eval_windows=2, pre_tokenizer="qwen2",
+    )  # fmt: skip
+    for target, twice in (("Q4_K_M", True), ("MXFP4_MOE", False)):
+        made = produce(job, tmp_path / "out", Recipe("auto", 0.4, target=target), lambda _: None)
+        assert any("MXFP4 experts, so these were quantized twice" in note for note in made.notes) == twice
+        assert made.built.plan is not None and made.built.plan.layout == "tiered"
+        for file, planned in ((made.built.path, made.built.plan.encoded), (made.rivals[0].path, None)):
+            tensors = GgufFile(file).tensors
+            assert ("MXFP4" in {spec.type for spec in tensors}) != twice
+            assert planned is None or {(t.name, t.type) for t in tensors} == {(t.name, t.type) for t in planned}
+    # `fit` tries the type that keeps the experts too, and none that takes more than the original.
+    kept, notes = targets_for(made.source, ("BF16", "Q4_0"), Base.open(made.source.base))
+    assert kept == ["MXFP4_MOE", "Q4_0"] and notes[0].startswith("BF16: not tried")
 
 
 def in_mxfp4(source: Path, out: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from gguftool.encoding import (
     TARGETS,
     MixFacts,
     alignment,
-    alignment_reason,
     assign,
     expert_types,
     file_type_name,
@@ -26,6 +26,7 @@ from gguftool.encoding import (
 )
 from gguftool.errors import GgufToolError
 from gguftool.tensors import BLOCKS, TensorSpec
+from synthetic import make_stats
 
 
 def layer_tensors(i: int, d: int, ff: int, experts: int, shared: bool = False, qkv: bool = False) -> list[TensorSpec]:
@@ -203,16 +204,11 @@ def test_twins_of_the_same_size() -> None:
     assert fit("Q4_K", 100, True) == "F16" and fit("Q8_0", 100, False) == "F16" and fit("BF16", 7, True) == "BF16"
 
 
-def test_expert_bytes_by_hand() -> None:
+def test_the_alignment_of_single_layers() -> None:
     tensors = model_tensors(48, 256, 256, 64)
     layers = expert_types(tensors, "Q4_K_M", MixFacts("qwen3moe", 48, 64, 8))
     assert sorted(layers) == list(range(48))
-    assert layers[6].at(256, 96) == ("Q4_K", "Q4_K", "IQ4_NL")
-    # Q4_K: 144 bytes for a row of 256; IQ4_NL: 18 bytes for 32 weights.
-    assert layers[6].expert_bytes(256, 96) == 96 * 144 * 2 + 256 * 3 * 18
-    assert layers[6].expert_bytes(256, 256) == 256 * 144 * 2 + 256 * 144
-    assert layers[0].expert_bytes(256, 256) == 256 * 144 * 2 + 256 * 210
-    assert layers[0].expert_bytes(256, 0) == 0
+    assert (layers[0].down, layers[6].down) == ("Q6_K", "Q4_K") and layers[6].gate == layers[6].up == "Q4_K"
     assert (layers[0].alignment, layers[6].alignment) == (256, 32)
 
 
@@ -223,7 +219,6 @@ def test_expert_bytes_by_hand() -> None:
 )  # fmt: skip
 def test_alignment(target: str, multiple: int) -> None:
     assert alignment(target) == multiple
-    assert target in alignment_reason(target) and "of 48 layers" in alignment_reason(target)
 
 
 def test_names_of_targets() -> None:
@@ -262,9 +257,14 @@ def test_a_layer_that_the_model_does_not_have() -> None:
         assign(stack, "Q4_K_M", MixFacts("qwen3moe", 4, 64, 8))
 
 
-def test_facts_from_tensors() -> None:
-    tensors = [
+def test_facts_of_a_model() -> None:
+    """Its query heads per key-value head, or, in stats of an older gguftool, what the rows of layer 0 say of them."""
+    tensors = (
         TensorSpec("blk.0.attn_q.weight", (256, 512), "F16"),
         TensorSpec("blk.0.attn_k.weight", (256, 128), "F16"),
-    ]
-    assert MixFacts.of_tensors(tensors, "qwen3moe", 4, 16) == MixFacts("qwen3moe", 4, 16, 4)
+    )
+    old = replace(make_stats(4, 16).model, tensors=tensors)
+    assert old.n_gqa is None and MixFacts.of_model(old) == MixFacts("qwen3moe", 4, 16, 4)
+    for n_gqa in (0, 8):
+        known = MixFacts.of_model(replace(old, n_gqa=n_gqa), has_imatrix=True)
+        assert known == MixFacts("qwen3moe", 4, 16, n_gqa, has_imatrix=True)

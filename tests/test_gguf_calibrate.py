@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,19 +28,22 @@ from gguftool.gguf_model import open_gguf
 from gguftool.gguf_pass import Corpus, groups
 from gguftool.gguf_refit import refit_gguf
 from gguftool.gguf_tokenizer import GgufTokenizer
-from gguftool.llama_observer import LlamaRun
+from gguftool.llama_observer import LlamaRun, Routed, _Watcher
 from gguftool.perplexity import open_session
+from gguftool.pipeline import produce
 from gguftool.planner import make_plan
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
 from gguftool.recipe import Recipe
 from gguftool.recipe_file import RunRecipe
 from gguftool.refit import refit
 from gguftool.requant import dequantize_rows, quantize_rows
-from gguftool.runs import Ears, carry_out
+from gguftool.runs import Ears, carry_out, job_of
 from gguftool.sources import Source
 from gguftool.stats import CalibrationStats, Domain
 from gguftool.tensors import TensorSpec
 from gguftool.writer import prune
+from test_oracles import difference, logits
+from test_shapes import with_predictor
 from tiny_archs import ARCHS, tiny_ggufs, tiny_model
 
 # Tiny models without a row in `architectures`, or not like the built-in one: biases, merged gate and up, a number for each
@@ -206,6 +210,25 @@ def test_neurons_outputs_and_weights_belong_together(name, tiny, llama, tmp_path
         assert near(found.neurons["gate_sq_h_sq"][place], grams.diagonal(dim1=1, dim2=2).numpy())
 
 
+@pytest.mark.parametrize("method", ["global", "gated-sum"])
+def test_layers_that_predict_further_tokens_are_left_alone(method, tiny, llama, runtime, tmp_path):
+    """From a GGUF that has one to a quantized file: no forward pass runs it, no plan knows it."""
+    base = with_predictor(tiny["glm4moe"], tmp_path / "base.gguf")
+    found = calibrate_gguf(open_gguf(base), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert (found.model.block_count, found.model.n_predict, found.model.moe_layers) == (4, 1, (1, 2))
+    plan = make_plan(found, Recipe(method, 0.34, target="Q4_K_M"))
+    report = prune(base, plan, tmp_path / "pruned.gguf")
+    assert report.layout == plan.layout == "tiered" and report.notes == []
+    tools = QuantizeTool(runtime.tool("llama-quantize"))
+    made = quantize(tmp_path / "pruned.gguf", "Q4_K_M", tmp_path / "out.gguf", imatrix=found, tools=tools)
+    assert [(spec.name, spec.type) for spec in made.tensors] == [(spec.name, spec.type) for spec in plan.encoded]
+    experts = [spec for spec in made.tensors if spec.name.startswith("blk.3.ffn_") and "_exps" in spec.name]
+    assert [spec.ne[2] for spec in experts] == [6, 6, 6]
+    tokens = np.arange(1, 97)
+    ours, whole = logits(runtime, tokens, tmp_path, tmp_path / "out.gguf", base, n_batch=40)
+    assert np.isfinite(ours).all() and difference(ours, whole) > 0.05
+
+
 def ranks(values: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(values.reshape(-1)))
 
@@ -246,6 +269,44 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(base_f32, llama, tmp_
     assert len(rest) == 6 - at + 1
     assert (tmp_path / "out.safetensors").read_bytes() == whole.read_bytes()
     assert stats.neurons["obs"].min() >= 0
+
+
+class Watched:
+    """A sink that wants everything, and remembers what it was given."""
+
+    layers, whole = (3,), True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def experts(self, layer: int, seen: Routed) -> None:
+        raise AssertionError("no experts ran")
+
+    matrix = experts
+
+    def residual(self, layer: int, out: torch.Tensor) -> None:
+        self.seen.append((layer, tuple(out.shape)))
+
+
+def test_nodes_that_ggml_derives_from_a_named_one_are_not_that_one():
+    """What ggml makes of a node has the node's name and what was done: "l_out-3 (reshaped)" is no layer's output."""
+    sink = Watched()
+    stub = SimpleNamespace(op=lambda name: len(name), read=lambda _: np.ones((1, 1, 5, 8), dtype=np.float32))
+    watcher = _Watcher(stub, sink)
+
+    def node(name: str) -> SimpleNamespace:
+        return SimpleNamespace(op=99, name=name.encode(), src=[])
+
+    for kind in ("reshaped", "view", "permuted", "transposed", "cont", "copy"):
+        assert not watcher.wants(node(f"l_out-3 ({kind})"))
+        assert not watcher.wants(node(f"ffn_moe_weights_norm-3 ({kind})")) and not watcher.norm_topk
+    for name in ("l_out", "l_out-", "l_out-3b", "l_out-last", "xl_out-3", "l_out-3 "):
+        assert not watcher.wants(node(name)), name
+    assert watcher.wants(node("l_out-3")) and watcher.wants(node("l_out-12"))
+    assert watcher.take(SimpleNamespace(contents=node("l_out-12"))) and sink.seen == [(12, (5, 8))]
+    for name in ("ffn_moe_weights_norm-3", "ffn_moe_weights_softmax-0"):
+        watcher.norm_topk = False
+        assert not watcher.wants(node(name)) and watcher.norm_topk
 
 
 def test_what_is_raised_while_llama_cpp_runs_comes_out(tiny, llama):
@@ -415,11 +476,35 @@ def test_a_quantized_gguf_is_quantized_again_and_says_so(asked, q4, tmp_path):
     assert pruned.value("quantize.imatrix.entries_count") > 0
 
 
+def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(asked, tiny, llama, runtime, tmp_path):
+    """Its own stats know nothing of what it was cut from: it, and what is cut from it, take their importance matrix."""
+    once, tools = tmp_path / "once.gguf", QuantizeTool(runtime.tool("llama-quantize"))
+    first = calibrate_gguf(open_gguf(tiny["olmoe"]), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert prune(tiny["olmoe"], make_plan(first, Recipe("reap", 0.34)), once).layout == "stock"
+    recipe = Recipe("auto", 0.4, target="Q4_K_M")
+    job = job_of(asked(model=once, windows=2), Ears())
+    made = produce(job, tmp_path / "out", recipe, lambda _: None)
+    again, whole = GgufFile(made.built.path), GgufFile(made.rivals[0].path)
+    assert again.value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
+    assert again.value("gguftool.n_expert") == 4 and whole.arch_value("expert_count") == 4
+    assert min(file.value("quantize.imatrix.entries_count") for file in (again, whole)) > 10
+    # Where nothing goes, too.
+    same = produce(job, tmp_path / "out", replace(recipe, ratio=0.0), lambda _: None).built.path
+    assert GgufFile(same).value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
+    # Those of the model before are for the first cut only.
+    quantize(once, "Q4_K_M", tmp_path / "of-first.gguf", imatrix=first, tools=tools)
+    with pytest.raises(GgufToolError, match="was cut from .* they are of another model, or of another version"):
+        quantize(
+            next((tmp_path / "out").glob("*R-F32.gguf")), "Q4_K_M", tmp_path / "no.gguf", imatrix=first, tools=tools
+        )
+
+
 def test_refusals_come_before_the_first_pass(asked, q4, tmp_path):
     for options, words in (
         ({"refit": "sequential"}, "take --refit plain"),
         ({"method": "dern", "ratio": 0.25}, "dern needs the checkpoint"),
         ({"device": "cuda"}, "on the CPU"),
+        ({"dtype": "bfloat16"}, "in its own types"),
     ):
         with pytest.raises(GgufToolError, match=words):
             carry_out(asked(model=q4, **options), tmp_path / "out")

@@ -157,7 +157,7 @@ def test_a_plan_that_keeps_all_counts_llama_cpps_own_fallbacks():
     stats = make_stats(n_ff=96, n_embd=256)
     whole, cut = (make_plan(stats, Recipe("global", ratio, target="Q5_K_S", align=32)) for ratio in (0.0, 0.3))
     facts = stats.model
-    own = assign(facts.tensors, "Q5_K_S", MixFacts.of_tensors(facts.tensors, facts.gguf_arch, 3, 8, has_imatrix=True))
+    own = assign(facts.tensors, "Q5_K_S", MixFacts.of_model(facts, has_imatrix=True))
     assert whole.encoded == own
     down = {spec.type for spec in whole.encoded if "ffn_down" in spec.name}
     assert down != {spec.type for spec in cut.encoded if "ffn_down" in spec.name}
@@ -254,6 +254,8 @@ def test_depth_is_two_weights(depth):
         (lambda text: text.replace('"width": ', '"width": 1'), "garbles"),
         (lambda text: text.replace('"n_expert": 8', '"n_expert": 4'), "ids below 4"),
         (lambda text: text.replace('"n_expert_used": 2', '"n_expert_used": 9'), "9 are routed"),
+        (lambda text: text.replace('"layout": "tiered"', '"layout": "flat"'), "layout: flat is not stock or tiered"),
+        (lambda text: text.replace('"layout": "tiered"', '"layout": "stock"'), "file is stock, but its experts"),
     ],
 )
 def test_a_wrong_plan_is_one_clear_line(damage, message, tmp_path):
@@ -272,9 +274,51 @@ def test_masks():
         unpack_mask(bytes([0, 0b100]), 10)
 
 
+def with_tensors(stats: CalibrationStats, *names: str, **facts) -> CalibrationStats:
+    """Stats of a model that has further matrices, and other facts."""
+    kind = stats.model.tensors[-1]
+    more = tuple(replace(kind, name=name, ne=kind.ne if "_exps" in name else kind.ne[:2]) for name in names)
+    return replace(stats, model=replace(stats.model, tensors=(*stats.model.tensors, *more), **facts))
+
+
+def test_the_plan_says_what_a_stock_file_cannot_hold():
+    """A shared expert whose width is that of the others, a layer that predicts further tokens and keeps its experts."""
+    narrow, fewer, whole = Recipe("enp", 0.5, align=8), Recipe("reap", 0.25), Recipe("reap", 0.0)
+    shared, ending = "blk.1.ffn_up_shexp.weight", ("_shexp.weight",)
+    mtp = {"block_count": 4, "n_predict": 1}
+    for stats, layouts in (
+        (with_tensors(make_stats(), shared, tied=ending), ("tiered", "stock", "stock")),
+        (with_tensors(make_stats(), shared, tied=()), ("stock", "stock", "stock")),
+        (with_tensors(make_stats(), tied=ending), ("stock", "stock", "stock")),
+        (with_tensors(make_stats(), "blk.3.ffn_down_exps.weight", tied=(), **mtp), ("tiered", "tiered", "stock")),
+        # Stats of an older gguftool do not say it: a family that is known to be free, one that is not, an unknown one.
+        (with_tensors(make_stats(), shared), ("stock", "stock", "stock")),
+        (with_tensors(make_stats(), shared, gguf_arch="glm4moe"), ("tiered", "stock", "stock")),
+        (with_tensors(make_stats(), shared, gguf_arch="bailingmoe"), ("tiered", "stock", "stock")),
+    ):
+        plans = [make_plan(stats, recipe) for recipe in (narrow, fewer, whole)]
+        assert tuple(plan.layout for plan in plans) == layouts
+        for plan in plans:
+            maps = [spec.name for spec in plan.tensors if "ffn_exps_tier" in spec.name]
+            assert len(maps) == (3 if plan.layout == "tiered" else 0)
+    tied = with_tensors(make_stats(), shared, tied=ending)
+    with pytest.raises(GgufToolError, match=rf"{shared} would have to change .* leave --layout stock out"):
+        make_plan(tied, replace(narrow, layout="stock"))
+    assert make_plan(tied, replace(fewer, layout="stock")).layout == "stock"
+
+
+def test_a_plan_of_an_older_gguftool_is_read_and_leaves_the_layout_open(tmp_path):
+    made = make_plan(make_stats(), Recipe("reap", 0.25))
+    text = dumps(made)
+    assert text.count('  "layout": "stock",\n') == 1
+    (tmp_path / "old.json").write_text(text.replace('  "layout": "stock",\n', ""))
+    old = PrunePlan.load(tmp_path / "old.json")
+    assert old.layout == "" and dumps(replace(old, layout="stock")) == text
+
+
 def test_layout_of_a_tiered_layer():
     plan = plan_of([[64, 32, 0, 32], [64, 64, 64, 64]], 64, 2)
-    specs = {p.spec.name: p.spec for p in layout.pieces(plan, make_stats(2, 4).model.tensors, TWINS)}
+    specs = {p.spec.name: p.spec for p in layout.pieces(plan, make_stats(2, 4).model.tensors, TWINS, layout="tiered")}
     assert specs["blk.0.ffn_exps_tier.weight"].ne == (4, 2)
     assert specs["blk.0.ffn_gate_exps.0.weight"].ne == (32, 64, 1)
     assert specs["blk.0.ffn_down_exps.1.weight"].ne == (32, 32, 2)
@@ -284,8 +328,8 @@ def test_layout_of_a_tiered_layer():
 def test_layout_refuses_another_model():
     plan = plan_of([[64, 32, 0, 32], [64, 64, 64, 64]], 64, 2)
     with pytest.raises(GgufToolError, match="another model"):
-        layout.pieces(plan, make_stats(2, 8).model.tensors, TWINS)
+        layout.pieces(plan, make_stats(2, 8).model.tensors, TWINS, layout="tiered")
     with pytest.raises(GgufToolError, match="no layer 2"):
-        layout.pieces(plan, make_stats(3, 4).model.tensors, TWINS)
+        layout.pieces(plan, make_stats(3, 4).model.tensors, TWINS, layout="tiered")
     with pytest.raises(GgufToolError, match="no experts in layer 1"):
-        layout.pieces(plan, make_stats(1, 4).model.tensors, TWINS)
+        layout.pieces(plan, make_stats(1, 4).model.tensors, TWINS, layout="tiered")

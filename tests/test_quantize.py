@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from gguftool.cli import cli
 from gguftool.convert import convert
 from gguftool.encoding import TARGETS
 from gguftool.errors import GgufToolError
@@ -328,9 +330,10 @@ def test_refusals_before_the_work(base_gguf: Path, runtime: Any, tmp_path: Path)
         quantize(base_gguf, "Q8_0", out, tools=tools)
     assert out.read_text() == "mine"
     quantize(base_gguf, "Q8_0", out, tools=tools, force=True)
-    with pytest.raises(GgufToolError, match="quantized already.*quantize the BF16 file instead$"):
+    with pytest.raises(GgufToolError, match="quantized already.*BF16 file instead, or, .* --allow-requantize$"):
         quantize(out, "Q4_K_M", tmp_path / "again.gguf", tools=tools)
-    quantize(out, "Q4_K_M", tmp_path / "again.gguf", tools=tools, allow_requantize=True)
+    command = ["quantize", str(out), "Q4_K_M", "-o", str(tmp_path / "again.gguf"), "--allow-requantize", "--json", "--quiet"]
+    assert CliRunner().invoke(cli, command, catch_exceptions=False).exit_code == 0
     assert GgufFile(tmp_path / "again.gguf").value("general.file_type") == TARGETS["Q4_K_M"].file_type
 
 

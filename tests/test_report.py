@@ -60,7 +60,7 @@ def test_the_histogram_counts_every_token_once_in_bins_that_never_change():
 def test_experts_have_the_saliency_of_the_plans_own_criterion_and_the_width_they_kept():
     stats = make_stats(n_layer=2, n_expert=4, n_ff=8, top_k=2)
     plan = make_plan([[8, 0, 2], [4, 4, 4]], 8, 2, router=[[0, 2, 3], [0, 1, 2]], n_expert=4)
-    plan = replace(plan, recipe=Recipe("frequency", 0.5))
+    plan = replace(plan, recipe=Recipe("frequency", 0.5), layout="tiered")
     facts = expert_facts(stats, plan)
     assert facts["layers"][0]["width"] == [8, None, 0, 2] and facts["layers"][1]["width"] == [4, 4, 4, None]
     assert facts["layers"][1]["saliency"] == stats.experts["count"][0, 1].tolist()

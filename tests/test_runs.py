@@ -14,16 +14,18 @@ import pytest
 
 import gguftool
 from gguf_models import write_random
-from gguftool import builtin, pipeline
+from gguftool import builtin, pipeline, runs
 from gguftool.crosscheck import CrossCheck
 from gguftool.divergence import Estimate, KlStatistics
 from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
 from gguftool.journal import Journal
+from gguftool.recipe import Recipe
 from gguftool.recipe_file import load
 from gguftool.runs import Ears, carry_out, job_of
 from gguftool.tensors import TensorSpec
 from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
+from gguftool.workspace import Workspace
 from typed import typed
 
 RECIPE = """
@@ -163,6 +165,39 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
     shutil.rmtree(place / "out.verify")
 
 
+def test_the_folder_that_one_stands_in_can_be_verified(place, monkeypatch):
+    seen = []
+
+    def made_again(folder, scratch, _):
+        seen.append(scratch)
+        scratch.mkdir()
+        return []
+
+    monkeypatch.setattr(runs, "replay", made_again)
+    monkeypatch.chdir(place / "out")
+    (place / "out" / "inside").mkdir()
+    for name in (".", "inside/..", "../out"):
+        assert "byte for byte the same" in typed("verify", name)
+    assert seen == 3 * [place / "out.verify"] and not (place / "out.verify").exists()
+    (place / "out" / "inside").rmdir()
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "state.json.partial"]])
+def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, place, monkeypatch):
+    def stopped(folder, scratch, _):
+        scratch.mkdir()
+        for name in left:  # what is there before the state is: `.lock` of a killed one
+            (scratch / name).touch()
+        raise GgufToolError("stopped")
+
+    monkeypatch.setattr(runs, "replay", stopped)
+    assert "stopped" in typed("verify", place / "out", code=1)
+    assert (place / "out.verify").is_dir()
+    monkeypatch.setattr(runs, "replay", lambda *_: [])
+    assert "byte for byte the same" in typed("verify", place / "out")
+    assert not (place / "out.verify").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -174,6 +209,14 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
         (["model", "--data", "x", "--eval", "x"], 2, "give --ratio or --keep"),
         (["model", "--recipe", "code", "--depth", "1"], 2, "FIRST:LAST"),
         (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
+        (["model", "--recipe", "code", "--fit-ctx", "64"], 1, "--fit-ctx) is the context of a budget"),
+        (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi"], 1, "leave one of the two out"),
+        (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi", "--dry-run"], 1, "leave one of the two out"),
+        (
+            ["model", "--recipe", "code", "--eval", "a/x.txt", "--eval", "b/x.txt"],
+            1,
+            "two evaluation texts are called 'x'",
+        ),
     ],
 )
 def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama):
@@ -194,6 +237,16 @@ def test_recipes_are_listed_and_printed():
 def made(place, llama):
     job = job_of(load(place / "out" / "recipe.toml"), Ears())
     return job, pipeline.produce(job, place / "out", load(place / "out" / "recipe.toml").pruning, lambda _: None)
+
+
+def test_a_file_in_the_originals_own_type_is_the_pruned_one(made, tmp_path):
+    job, source = made[0], made[1].source
+    assert [source.has_encoding(name) for name in ("bf16", "F16", "F32", "Q8_0")] == [True, False, False, False]
+    work = Workspace(tmp_path, lambda _: None)
+    recipes = [Recipe("global", 0.5, target=target) for target in (None, "BF16")]
+    own, named = (pipeline.build(job, work, source, recipe) for recipe in recipes)
+    assert named.path == own.path == tmp_path / "model-GLOBAL50-BF16.gguf" and own.path.is_file()
+    assert (named.label, named.encoding) == ("global 50 % BF16", "BF16")
 
 
 def assessed(made):

@@ -145,6 +145,8 @@ def test_equally_narrow_experts_beside_shared_ones(name, bases, runtime, plain_r
         wish = replace(plan, recipe=replace(plan.recipe, layout="stock"))
         with pytest.raises(GgufToolError, match=r"ffn_\w+_shexp.*leave --layout stock out"):
             prune(base, wish, tmp_path / "no.gguf")
+        with pytest.raises(GgufToolError, match=r"counts on a stock file, in which blk.1.ffn_\w+_shexp.weight"):
+            prune(base, replace(plan, layout="stock"), tmp_path / "no.gguf")
     (ours,) = logits(runtime, TOKENS[:32], tmp_path, tmp_path / "pruned.gguf")
     padded, whole = logits(plain_runtime, TOKENS[:32], tmp_path, stock, base)
     assert difference(ours, padded) < BOUND
