@@ -36,8 +36,7 @@ def dots(report: Report, name: str) -> list[Dot]:
     found = [
         Dot(str(i), row.label, row.bytes, float(row.texts[name]["kld"]["mean"]), float(row.texts[name]["kld"]["err"]),
             "quantized" if row.method == "none" else "pruned")
-        for i, row in enumerate(report.rows, 1)
-        if name in row.texts and isfinite(row.texts[name]["kld"]["mean"])
+        for i, row in enumerate(report.rows, 1) if name in row.texts
     ]  # fmt: skip
     done = {(dot.label, dot.bytes) for dot in found}
     for item in report.candidates:

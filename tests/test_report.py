@@ -32,7 +32,7 @@ from gguftool.provenance import command_line, files_of, provenance
 from gguftool.recipe import Recipe
 from gguftool.recipe_file import RunRecipe
 from gguftool.report import Report, Status
-from gguftool.report_charts import LEVELS, linear_level, log_levels
+from gguftool.report_charts import LEVELS, Bar, intervals, linear_level, log_levels, token_histogram
 from gguftool.report_facts import calibrated_facts, expert_facts, expert_saliency
 from gguftool.report_files import dumps, load, publish, with_card
 from gguftool.report_html import render
@@ -151,6 +151,14 @@ def test_scales_and_levels_of_what_is_not_finite():
     levels, low, high = log_levels([[nan, 1.0], [inf, 100.0]])
     assert (levels, low, high) == ([[0, 0], [LEVELS - 1, LEVELS - 1]], 1.0, 100.0)
     assert [linear_level(v, 8) for v in (nan, inf, -inf)] == [0, LEVELS - 1, 0] and linear_level(1, nan) == 0
+
+
+def test_what_is_not_finite_has_words_and_no_mark():
+    for value, marks in ((1.0, 1), (math.nan, 0), (math.inf, 0)):
+        drawn = intervals([Bar("a", value, value, value, f"{value} nats", "pruned")], "KL divergence")
+        assert f"{value} nats" in drawn and (drawn.count('"mark '), drawn.count('"err ')) == (marks, marks)
+        drawn = token_histogram([("a", {"mean": value, "p99": value, "histogram": [0] * 29 + [9]}, "pruned")], "tokens")
+        assert (drawn.count('"mark '), drawn.count('"meanline ')) == (marks, marks)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands the peak on")
