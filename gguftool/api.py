@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 from .errors import GgufToolError
-from .sources import Source, files, parse_source
+from .sources import Source, parse_source
 
 if TYPE_CHECKING:
     from .doctor import Finding
@@ -89,11 +89,14 @@ class CompressOptions(TypedDict, total=False):
 
 
 def compress(
-    model: Place | None = None, *, out: Place, recipe: Place | RunRecipe | None = None, progress: Progress | None = None,
-    say: Say | None = None, **options: Unpack[CompressOptions],
+    model: Place | None = None, *, out: Place, recipe: Place | RunRecipe | None = None, prompts: Sequence[str] = (),
+    no_extras: bool = False, progress: Progress | None = None, say: Say | None = None, **options: Unpack[CompressOptions],
 ) -> Report:  # fmt: skip
     """All of it, in the folder `out`; goes on where it was stopped. `recipe` is a file, the name of a shipped one, or a value;
     options override it.
+
+    The report shows how both models go on from the `prompts` (by default how the texts of `eval` begin), their speed, memory
+    and routing; with `no_extras` it does not, which takes about a minute less.
 
     Returns:
         The report. The files lie in `out`, with report.json, recipe.toml and verified.json.
@@ -101,9 +104,13 @@ def compress(
     Raises:
         GgufToolError: as the command; also where something that was measured cannot be right. The files are kept then.
     """
+    from .extras import Extras
     from .recipe_file import RunRecipe, find, load
     from .runs import Ears, carry_out
 
+    if isinstance(prompts, str):
+        raise GgufToolError(f"prompts is a list of texts; write prompts=[{prompts!r}]")
+    extras = Extras(not no_extras, tuple(prompts))
     base = recipe if isinstance(recipe, RunRecipe) else load(find(str(recipe))) if recipe is not None else RunRecipe()
     given: dict[str, Any] = dict(options)
     if model is not None:
@@ -112,7 +119,7 @@ def compress(
         given["data"] = tuple(_sources(given["data"]))
     if "eval" in given:
         given["eval"] = tuple(Path(path) for path in given["eval"])
-    report = carry_out(base.changed(given), Path(out), Ears(progress or _silent, say or _unsaid))
+    report = carry_out(base.changed(given), Path(out), Ears(progress or _silent, say or _unsaid), extras)
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
     return report
@@ -121,22 +128,24 @@ def compress(
 def verify(
     folder: Place, *, fast: bool = False, scratch: Place | None = None, progress: Progress | None = None
 ) -> list[str]:
-    """What is no longer as `compress` made it in `folder`, a line each with both hashes; [] where all is the same.
+    """What is no longer as `compress` made it in `folder`, a line each with both hashes, and why that run is not done, where
+    it is not; [] where all is the same.
 
     Without `fast` its recipe is carried out again, in `scratch` (which stays) or in a temporary folder.
     """
     from tempfile import TemporaryDirectory
 
     from .runs import Ears, replay
-    from .verification import Verified, recheck
+    from .verification import Verified, not_done, recheck
 
     place = Path(folder)
+    was = Verified.load(place)
     if fast:
-        return recheck(place, Verified.load(place), progress)
+        return [*recheck(place, was, progress), *not_done(place, was)]
     if scratch is not None:
-        return replay(place, Path(scratch), Ears(progress or _silent))
+        return [*replay(place, Path(scratch), Ears(progress or _silent)), *not_done(place, was)]
     with TemporaryDirectory(dir=place.resolve().parent, prefix=f"{place.resolve().name}.") as temporary:
-        return replay(place, Path(temporary), Ears(progress or _silent))
+        return [*replay(place, Path(temporary), Ears(progress or _silent)), *not_done(place, was)]
 
 
 def convert(
@@ -154,51 +163,19 @@ def convert(
 
 def calibrate(
     model: Place, *, data: Sequence[Place | Source], out: Place, obs: bool = True, ctx: int = 512, windows: int | None = None,
-    device: str = "cpu", dtype: str = "auto", memory: str | None = None, force: bool = False,
+    part: str | None = None, device: str = "cpu", dtype: str = "auto", memory: str | None = None, force: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationStats:  # fmt: skip
-    """The sums that plans are made from, of a checkpoint or a GGUF; also saved as `out`. Stopped, it goes on where it was."""
-    from .calibrate import calibrate as run
-    from .checkpoint import open_checkpoint
-    from .corpus import load_domains
-    from .gguf_calibrate import calibrate_gguf
-    from .gguf_file import check_output
-    from .gguf_model import is_gguf
-    from .memory import parse_bytes, parse_dtype, plan_memory
-    from .workdir import clear_leftovers
+    """The sums that plans are made from, of a checkpoint or a GGUF; also saved as `out`. Stopped, it goes on where it was.
 
-    path, place, sources = Path(model), Path(out), _sources(data)
-    work_dir = place.with_name(place.name + ".work")
-    clear_leftovers(work_dir, place)
-    check_output(place, force, *files(sources))
-    limit = parse_bytes(memory) if memory is not None else None
-    if is_gguf(path):
-        opened, tokenizer, llama = _open_gguf(path, device, dtype)
-        domains = load_domains(sources, tokenizer, ctx, windows)
-        return calibrate_gguf(
-            opened,
-            domains,
-            work_dir,
-            llama=llama,
-            obs=None if obs else False,
-            memory=limit,
-            progress=progress,
-            out=place,
-        )
-    checkpoint = open_checkpoint(path)
-    domains = load_domains(sources, checkpoint.tokenizer(), ctx, windows)
-    count = sum(len(tokens) for _, tokens in domains)
-    how = plan_memory(
-        checkpoint,
-        count,
-        ctx,
-        parse_dtype(dtype),
-        limit,
-        device=device,
-        moments=None if obs else 0,
-        n_domains=len(domains),
-    )
-    return run(checkpoint, domains, work_dir, device=device, how=how, obs=obs, progress=progress, out=place)
+    Raises GgufToolError as the command does, also where another process makes the same `out`.
+    """
+    from .calibration import Asked, checked
+
+    place = Path(out)
+    asked = Asked(Path(model), _sources(data), place, ctx, windows, part, device, dtype, memory, force)
+    with checked(asked, obs=obs) as calibration:
+        return calibration.run(asked.work_dir, place, progress)
 
 
 def plan(
@@ -223,42 +200,17 @@ def refit(
     ctx: int = 512, windows: int | None = None, device: str = "cpu", dtype: str = "auto", memory: str | None = None,
     force: bool = False, progress: Progress | None = None,
 ) -> Overrides:  # fmt: skip
-    """New weights for the experts that stay, saved as `out`; `how` is "plain", "sequential", or None for the method's own."""
-    from .checkpoint import open_checkpoint
-    from .corpus import load_domains
-    from .gguf_file import check_output
-    from .gguf_model import is_gguf
-    from .gguf_refit import NO_SEQUENTIAL, refit_gguf
-    from .memory import parse_bytes, parse_dtype
-    from .methods import method
-    from .overrides import Overrides
-    from .refit import refit as plainly
-    from .refit import refit_memory
-    from .sequential import refit_sequentially
-    from .workdir import clear_leftovers
+    """New weights for the experts that stay, saved as `out`; `how` is "plain", "sequential", or None for the method's own.
 
-    path, place, sources, chosen = Path(model), Path(out), _sources(data), _plan(plan)
-    work_dir = place.with_name(place.name + ".work")
-    clear_leftovers(work_dir, place)
-    check_output(place, force, *files(sources))
-    limit = parse_bytes(memory) if memory is not None else None
-    if is_gguf(path):
-        if how == "sequential":
-            raise GgufToolError(f"how='sequential': {NO_SEQUENTIAL}; take 'plain'")
-        opened, tokenizer, llama = _open_gguf(path, device, dtype)
-        domains = load_domains(sources, tokenizer, ctx, windows)
-        made = refit_gguf(opened, chosen, domains, work_dir, llama=llama, memory=limit, progress=progress)
-    else:
-        checkpoint = open_checkpoint(path)
-        domains = load_domains(sources, checkpoint.tokenizer(), ctx, windows)
-        routed = all(len(layer.router) == chosen.n_expert for layer in chosen.layers)
-        in_turn = (how or (method(chosen.recipe.method).refitted if routed else "plain")) == "sequential"
-        needs = refit_memory(checkpoint, chosen, domains, parse_dtype(dtype), limit, device=device, sequential=in_turn)
-        run = refit_sequentially if in_turn else plainly
-        made = run(checkpoint, chosen, domains, work_dir, device=device, how=needs, progress=progress)
-    made.save(place)
-    # What was made lay in the work directory, which saving removes.
-    return Overrides.load(place)
+    Raises GgufToolError as the command does, also where another process makes the same `out`.
+    """
+    from .calibration import Asked
+    from .refitting import checked
+
+    place = Path(out)
+    asked = Asked(Path(model), _sources(data), place, ctx, windows, None, device, dtype, memory, force)
+    with checked(asked, Path(plan) if isinstance(plan, str) else plan, how=how) as refitting:
+        return refitting.run(asked.work_dir, place, progress)
 
 
 def prune(
@@ -366,16 +318,3 @@ def _plan(given: Place | PrunePlan) -> PrunePlan:
     from .plan import PrunePlan
 
     return PrunePlan.load(Path(given)) if isinstance(given, str | Path) else given
-
-
-def _open_gguf(path: Path, device: str, dtype: str) -> tuple[Any, Any, Any]:
-    from .gguf_model import open_gguf
-    from .gguf_tokenizer import GgufTokenizer
-    from .runtime import load_for
-
-    if device != "cpu" or dtype != "auto":
-        raise GgufToolError(
-            f"device={device!r}, dtype={dtype!r}: a GGUF is run by llama.cpp on the CPU in its own types"
-        )
-    llama, _, _ = load_for("auto", path)
-    return open_gguf(path), GgufTokenizer(llama, path), llama

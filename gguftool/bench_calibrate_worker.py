@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +73,9 @@ def timed_calibrate(
     limit = parse_bytes(options["memory"]) if options.get("memory") else None
     domains = [(Domain("random", "0" * 64, windows.size), windows)]
     how = plan_memory(
-        checkpoint, len(windows), windows.shape[1], parse_dtype(options["dtype"]), limit, moments=None if obs else 0
-    )
-    if limit is None:
-        how = replace(how, batch=options["batch"])
+        checkpoint, len(windows), windows.shape[1], parse_dtype(options["dtype"]), limit, moments=None if obs else 0,
+        batch=options["batch"],
+    )  # fmt: skip
     clock, start = Clock(), time.perf_counter()
     with clock.watching_loads():
         stats = calibrate(checkpoint, domains, Path(options["work"]), how=how, obs=obs, progress=clock)

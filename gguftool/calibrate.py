@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from .durable import SAVED
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
 from .grams import Grams, ObsPlan
 from .inventory import in_gguf_order, model_facts
-from .memory import MemoryPlan, plan_memory
+from .memory import DEFAULT_BATCH, MemoryPlan, plan_memory
 from .ranks import ALONE, Ranks
 from .recorders import ExpertRecorder
 from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS, CalibrationStats, Domain
@@ -31,7 +30,7 @@ def calibrate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     hidden_dtype: torch.dtype = torch.float32,
-    batch: int = 4,
+    batch: int = DEFAULT_BATCH,
     how: MemoryPlan | None = None,
     obs: bool = True,
     progress: Progress | None = None,
@@ -62,10 +61,10 @@ def calibrate(
     if how is None:
         total = sum(len(windows) for _, windows in domains)
         n_ctx = domains[0][1].shape[1] if domains else 1
-        how = plan_memory(checkpoint, total, n_ctx, dtype, None, moments=None if obs else 0)
-        how = replace(how, batch=batch)
+        how = plan_memory(checkpoint, total, n_ctx, dtype, None, moments=None if obs else 0, batch=batch)
     else:
         dtype = hidden_dtype = how.dtype
+        batch = how.batch
 
     def record(module: nn.Module, layer: int) -> ExpertRecorder:
         def tell(done: int, total: int) -> None:
@@ -79,7 +78,7 @@ def calibrate(
         domains,
         record,
         linears=True,
-        batch=batch,
+        batch=how.batch,
         progress=progress,
         ranks=ranks,
     )

@@ -165,7 +165,7 @@ class Checkpoint:
         """`model.layers.3.mlp.gate.weight` -> (3, `mlp.gate.weight`); (None, name) outside of the decoder layers."""
         prefix = f"{self.architecture.layers}."
         index, _, suffix = name.removeprefix(prefix).partition(".")
-        return (int(index), suffix) if name.startswith(prefix) else (None, name)
+        return (int(index), suffix) if name.startswith(prefix) and index.isdecimal() else (None, name)
 
     def is_unread(self, name: str) -> bool:
         """Whether a stored tensor has no place in a forward pass: recomputed, of images, or of layers behind the last."""

@@ -15,7 +15,6 @@ from .cli_options import (
     backend_option,
     data_option_or_recipe,
     device_option,
-    dry_run_option,
     load_runtime,
     make_terminal,
     memory_options,
@@ -59,14 +58,23 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
 )
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
 @click.option(
-    "--fit", "budget", metavar="SIZE", help="Instead of --ratio: the best file whose run stays below this, see `fit`."
+    "--fit",
+    "budget",
+    metavar="SIZE",
+    help="Instead of --ratio: the best file whose run stays below this, see `fit`. In a recipe it takes the place of the "
+    "ratio and of the type beside it.",
 )
 @click.option("--fit-ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that --fit counts.")
 @recipe_options("auto")
 @n_ctx_option
 @windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
-@dry_run_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and print what would be written. With --fit: say which files fit and how much would go; that "
+    "converts the checkpoint into -o and runs skeletons.",
+)
 @pre_tokenizer_option
 @device_option
 @memory_options
@@ -95,12 +103,14 @@ def compress(
     budget, which may be an unpruned one; the report shows what was weighed.
     """
     from .extras import Extras
+    from .fit_report import goal_here
     from .provenance import command_line
     from .recipe_file import find, load
     from .runs import Ears, carry_out, outlook
 
     recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
+    extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
     if dry_run and recipe.fit is not None:
         show_fit(terminal, recipe, out, dry_run=True)
         return
@@ -110,12 +120,12 @@ def compress(
         lines = [f"{'is there' if s.there else 'to make ':<9} {_size(s):>12}  {s.name}" for s in steps]
         terminal.show({"path": str(out), "written": False, "steps": [vars(step) for step in steps]}, *lines)
         return
-    extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
     with terminal.live(f"{recipe.model} -> {out}", recipe.quant, recipe.fit is not None) as (progress, watch):
         report = carry_out(recipe, out, Ears(progress, terminal.say, watch), extras)
     point_to_report(terminal, out, open_page)
-    goal = [f"{name}: {value}" for name, value in (report.budget or {}).items()]
-    terminal.show(report.as_dict(), report.table(), *goal, *(f"note: {note}" for note in report.notes))
+    goal = goal_here(report.budget, report.rows[0].path) if report.budget else {}
+    lines = [f"{name}: {value}" for name, value in goal.items()] + [f"note: {note}" for note in report.notes]
+    terminal.show(report.as_dict(), report.table(), *lines)
     if report.failures:
         raise GgufToolError(f"{out}: not done, the files are kept: {'; '.join(report.failures)}")
 
@@ -159,7 +169,7 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
 def demo(
     out: Path, eval_windows: int, unpack: bool, backend: str, open_page: bool, no_extras: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
-    """Compress the built-in model by every method and show what each cost, in and outside of the calibration domain.
+    """Compress the built-in model by ten methods and show what each cost, in and outside of the calibration domain.
 
     `gguftool demo --unpack -o .` only writes the model and its texts into this folder.
     """

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli_options import (
     FILE,
+    METHOD_HELP,
     backend_option,
     data_option,
     device_option,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "--quant", "targets", multiple=True, metavar="TYPE",
     help="Type to choose from. May be repeated.  [default: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K]",
 )  # fmt: skip
-@click.option("--method", default="auto", show_default=True, help="How to prune; `gguftool methods` lists them.")
+@click.option("--method", default="auto", show_default=True, help=METHOD_HELP["auto"])
 @click.option(
     "--refit",
     default=None,
@@ -50,7 +50,12 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
 @click.option("--all", "every", is_flag=True, help="Measure every candidate that fits.")
-@click.option("--dry-run", is_flag=True, help="Say which files fit and how much would go; calibrate and build nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say which files fit and how much would go: converts the checkpoint into -o, runs skeletons, and calibrates, prunes "
+    "and measures nothing.",
+)
 @click.option(
     "--window", "n_ctx", default=512, show_default=True, help="Tokens in a window of calibration and evaluation."
 )
@@ -78,14 +83,16 @@ def fit(
         windows=windows, eval_windows=eval_windows, memory=calibration_memory, pre_tokenizer=pre_tokenizer, device=device,
         backend=backend,
     )  # fmt: skip
-    show_fit(make_terminal(as_json, quiet), recipe, out, targets, every, dry_run)
+    own: dict[str, Any] = {"every": every, "budget_option": "--memory", "ctx_option": "--ctx"}
+    own |= {"targets": targets} if targets else {}
+    show_fit(make_terminal(as_json, quiet), recipe, out, dry_run, **own)
 
 
-def show_fit(
-    terminal: Terminal, recipe: RunRecipe, out: Path, targets: Sequence[str] = (), every: bool = False,
-    dry_run: bool = False,
-) -> None:  # fmt: skip
-    """Searches for the best file for the recipe's budget and shows what came of it; no `targets` stand for the recipe's own."""
+def show_fit(terminal: Terminal, recipe: RunRecipe, out: Path, dry_run: bool, **own: Any) -> None:
+    """Searches for the best file for the recipe's budget and shows what came of it.
+
+    `own` are attributes of `fit.Ask` for what a recipe does not ask.
+    """
     from dataclasses import replace
 
     from .fit import run
@@ -93,7 +100,7 @@ def show_fit(
 
     ask = ask_of(recipe)
     assert ask is not None
-    ask = replace(ask, targets=tuple(targets) or ask.targets, every=every)
+    ask = replace(ask, **own)
     with terminal.progress() as progress:
         job = job_of(recipe, Ears(progress, terminal.say))
         report = run(job, out, ask, terminal.say, dry_run=dry_run)

@@ -28,22 +28,24 @@ def convert(
     quiet: bool,
 ) -> None:  # fmt: skip
     """Convert a Hugging Face checkpoint with llama.cpp's own converter."""
+    from .checkpoint import open_checkpoint
     from .convert import convert as run
+    from .inventory import gguf_tensors
     from .runtime import require
 
     terminal = make_terminal(as_json, quiet)
+    if dry_run and outtype != "auto":
+        raise GgufToolError(
+            f"--dry-run: the tensors of --outtype {outtype} are not known beforehand, those of auto are"
+        )
+    with terminal.progress() as progress:
+        run(
+            model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
     if dry_run:
-        from .checkpoint import open_checkpoint
-        from .inventory import gguf_tensors
-
-        if outtype != "auto":
-            raise GgufToolError(
-                f"--dry-run: the tensors of --outtype {outtype} are not known beforehand, those of auto are"
-            )
         _show_dry(terminal, out, list(gguf_tensors(open_checkpoint(model))), "a GGUF")
         return
-    with terminal.progress() as progress:
-        run(model, out, require(), pre_tokenizer=pre_tokenizer, outtype=outtype, force=force, progress=progress)
     size = out.stat().st_size
     terminal.show({"path": str(out), "bytes": size}, f"{out}: {size:,} bytes")
 
@@ -100,9 +102,11 @@ def expand(source: Path, out: Path, dry_run: bool, force: bool, as_json: bool, q
     """Turn a tiered file into one for any llama.cpp, padded with zero neurons: the same function, more bytes."""
     from .expand import expand as run
     from .expand import plan_expansion
+    from .gguf_file import check_output
 
     terminal = make_terminal(as_json, quiet)
     if dry_run:
+        check_output(out, True, source)  # one that is there stays as it is
         found = plan_expansion(source)
         for note in found.notes:
             terminal.say(f"note: {note}")

@@ -14,8 +14,6 @@ from .sources import Source, parse_source
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from .gguf_model import GgufModel
-    from .gguf_tokenizer import GgufTokenizer
     from .recipe import Recipe
     from .runtime import Runtime
     from .terminal import Terminal
@@ -106,15 +104,22 @@ report_options = combined(
     open_option,
     click.option(
         "--no-extras", is_flag=True,
-        help="Report quality only: measure no speed, memory, routing and completions, hash no files.",
+        help="Report quality only: measure no speed, memory, routing and completions, leave hashes of inputs out.",
     ),
 )  # fmt: skip
+
+
+# By the command's default: what the others do that have another one.
+METHOD_HELP = {
+    "auto": "`gguftool methods` lists them. Where none is named, `plan` and `sweep` take global.",
+    "global": "`gguftool methods` lists them. Where none is named, `compress` and `fit` take auto, which is refitted.",
+}
 
 
 def recipe_options(method: str) -> Callable[[Command], Command]:
     """What a recipe is made of; `method` is the default."""
     return combined(
-        click.option("--method", default=method, show_default=True, help="`gguftool methods` lists them."),
+        click.option("--method", default=method, show_default=True, help=METHOD_HELP[method]),
         click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
         click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
         click.option("--criterion", help="Another criterion than the method's own."),
@@ -195,17 +200,3 @@ def load_runtime(backend: str) -> tuple[Runtime, ModuleType]:
 
     found = runtime.require(backend)
     return found, runtime.load(found)
-
-
-def open_gguf_model(path: Path, device: str) -> tuple[GgufModel, GgufTokenizer, ModuleType]:
-    """A GGUF that is to be measured, its tokenizer, and the llama.cpp that runs it: the built runtime or the package's."""
-    from .errors import GgufToolError
-    from .gguf_model import open_gguf
-    from .gguf_tokenizer import GgufTokenizer
-    from .runtime import load_for
-
-    if device != "cpu":
-        raise GgufToolError(f"--device {device}: a GGUF is run by llama.cpp on the CPU; leave it out")
-    model = open_gguf(path)
-    llama, _, _ = load_for("auto", path)
-    return model, GgufTokenizer(llama, path), llama

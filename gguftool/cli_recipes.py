@@ -45,35 +45,37 @@ def recipes(name: str | None, as_json: bool, quiet: bool) -> None:
 def verify(folder: Path, fast: bool, scratch: Path | None, as_json: bool, quiet: bool) -> None:
     """Carry out FOLDER's recipe.toml again and compare the sha256 of every file. Takes as long as `compress` did.
 
-    Stopped, it goes on where it was. With --fast it finds files that were changed or damaged since they were made.
+    Stopped, it goes on where it was. With --fast it finds files that were changed or damaged since they were made. A run that
+    was not done, or is not at its end, is no success either.
     """
-    from .verification import Verified, recheck
+    from .verification import Verified, not_done, recheck
 
     terminal = make_terminal(as_json, quiet)
     was = Verified.load(folder)
+    why = not_done(folder, was)
     if fast:
         with terminal.progress() as progress:
             found = recheck(folder, was, progress)
     else:
         found = _again(folder, scratch, terminal)
-    facts = {"path": str(folder), "ok": not found and not was.failures, "files": dict(was.files), "differences": found}
+    facts = {"path": str(folder), "ok": not found and not why, "files": dict(was.files), "differences": found}
     how = "as they were made" if fast else "made again, byte for byte the same"
-    terminal.show(facts | {"failures": list(was.failures)}, *([] if found else [f"{len(was.files)} files {how}"]))
+    terminal.show(facts | {"failures": why}, *([] if found else [f"{len(was.files)} files {how}"]))
     if found:
         count = f"{len(found)} difference{'s' if len(found) > 1 else ''}"
         raise GgufToolError(f"{folder}: {count}: {'; '.join(found)}")
-    if was.failures:
-        raise GgufToolError(
-            f"{folder}: the files are what was made, but that run was not done: {'; '.join(was.failures)}"
-        )
+    if why:
+        raise GgufToolError(f"{folder}: the files are what was made, but that run was not done: {'; '.join(why)}")
 
 
 def _again(folder: Path, scratch: Path | None, terminal: Terminal) -> list[str]:
     from .recipe_file import NAME, load
     from .runs import Ears, other_conditions, replay
+    from .workspace import is_free
 
-    place = scratch or folder.with_name(folder.resolve().name + ".verify")
-    if scratch is None and place.exists() and not (place / "state.json").is_file():
+    whole = folder.resolve()  # "." and ".." have no name of their own
+    place = scratch or whole.with_name(f"{whole.name}.verify")
+    if scratch is None and not is_free(place):
         raise GgufToolError(f"{place} is there and no run of gguftool made it; name another with --scratch")
     with terminal.progress() as progress:
         found = replay(folder, place, Ears(progress, terminal.say))

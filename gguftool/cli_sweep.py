@@ -8,6 +8,7 @@ import click
 
 from .cli_options import (
     FILE,
+    METHOD_HELP,
     backend_option,
     data_option,
     device_option,
@@ -39,7 +40,7 @@ from .sources import Source
     default=("global",),
     show_default=True,
     metavar="NAME[+refit]",
-    help="`gguftool methods` lists them. May be repeated.",
+    help=f"{METHOD_HELP['global']} May be repeated.",
 )
 @click.option(
     "--ratio",

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def convert(
     pre_tokenizer: str | None = None,
     outtype: str = "auto",
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Converts the checkpoint in `model`, a directory or a model of the hub.
@@ -38,6 +40,8 @@ def convert(
     Args:
         pre_tokenizer: llama.cpp's name of the vocabulary's pre-tokenizer, where its hash is not known to llama.cpp.
         outtype: one of OUT_TYPES; auto keeps the checkpoint's 16 bits.
+        dry_run: let the converter do all but the writing: it reads every header and the vocabulary, whose pre-tokenizer only it
+            knows.
         progress: called with (percent written, 100, what is being done).
 
     Raises:
@@ -49,7 +53,7 @@ def convert(
     if pre_tokenizer and pre_tokenizer not in known:
         near = get_close_matches(pre_tokenizer, known, n=3)
         raise GgufToolError(f"llama.cpp knows no pre-tokenizer {pre_tokenizer!r}; near are {', '.join(near) or 'none'}")
-    check_output(out, force)
+    check_output(out, force or dry_run)
     model = checkpoint_directory(model)
     inputs = _inputs(model)
     check_space(out, sum(path.stat().st_size for path in inputs if path.suffix == ".safetensors"))
@@ -59,25 +63,20 @@ def convert(
         **os.environ, "PYTHONPATH": os.pathsep.join(path), PRE_TOKENIZER: pre_tokenizer or "",
         FINGERPRINT: opened.fingerprint if opened is not None else "",
     }  # fmt: skip
-    with replacing(out) as partial:
-        command = [
-            sys.executable,
-            "-m",
-            "gguftool.hf_to_gguf",
-            str(model),
-            "--outfile",
-            str(partial),
-            "--outtype",
-            outtype,
-        ]
-        if opened is not None and lacks_predictors(opened):
-            command.append("--no-nextn")
+    options = ["--outtype", outtype]
+    if opened is not None and lacks_predictors(opened):
+        options.append("--no-nextn")
+    if dry_run:
+        options.append("--dry-run")
+    with nullcontext(out) if dry_run else replacing(out) as partial:
+        command = [sys.executable, "-m", "gguftool.hf_to_gguf", str(model), "--outfile", str(partial), *options]
         code, log = _run(command, environment, progress)
         # First of all: where another program cuts off a file that the converter has mapped, the system ends it.
         check_unchanged(inputs)
         if code:
             raise GgufToolError(_reason(model, code, log) + full(out))
-        GgufFile(partial)
+        if not dry_run:
+            GgufFile(partial)
 
 
 def _opened(model: Path) -> Checkpoint | None:

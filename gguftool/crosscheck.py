@@ -77,7 +77,9 @@ def judge(found: dict[str, dict[str, Any]]) -> CrossCheck:
     differences = []
     for side in ("base", "pruned"):
         values = [math.log(one[side]["ppl"]) for one in found.values()]
-        differences.append(max(values) - min(values))
+        # Beside a nan nothing agrees; max and min may pass over it.
+        finite = all(math.isfinite(value) for value in values)
+        differences.append(max(values) - min(values) if finite else math.inf)
     return CrossCheck(found, max(differences), ln_ppl_tolerance(min(one["tokens"] for one in found.values())))
 
 

@@ -1,4 +1,4 @@
-"""demo: the built-in model, every method, one table. What a newcomer runs first and what the README shows."""
+"""demo: the built-in model, ten methods, one table. What a newcomer runs first and what the README shows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(
     extras: Extras = ALL,
 ) -> Report:  # fmt: skip
     """Calibrates on code, judges on code and on prose, and puts quantization alone beside it."""
-    with Journal(out, "Builtin 7M") as journal:
+    with Journal(out, "Builtin 7M", say) as journal:
         _run(out, runtime, llama, eval_windows, progress, say, extras, journal)
         return journal.finish()
 
@@ -99,4 +99,4 @@ def _run(
     journal.stage("perplexity and KL divergence")
     journal.measured(judge(job, source.base, built, source.stats.model.name, notes))
     tried = [Tried(item.label, item.path, item.plan) for item in (shown, rival)]
-    add_extras(journal, job, source.base, tried, extras, {})
+    add_extras(journal, job, source, tried, extras, {})

@@ -272,7 +272,7 @@ def _check(checkpoint: Checkpoint, plan: PrunePlan, threshold: float, match: str
         raise GgufToolError(
             f"{checkpoint.architecture.model_type}: its experts have biases, which dern does not merge; take --method reap"
         )
-    if not drops_experts(plan):
+    if not plan.drops_experts:
         raise GgufToolError("the plan drops no expert: there is nothing to recombine")
     for layer in plan.layers:
         _check_layer(layer, plan)
@@ -286,8 +286,3 @@ def _check_layer(layer: LayerPlan, plan: PrunePlan) -> None:
         )
     if narrow := [e for e, width in zip(layer.router, layer.widths, strict=True) if width != plan.n_ff_exp]:
         raise GgufToolError(f"layer {layer.index}: expert {narrow[0]} is narrowed; dern merges into whole experts only")
-
-
-def drops_experts(plan: PrunePlan) -> bool:
-    """Whether a layer of the plan loses experts."""
-    return any(len(layer.router) < plan.n_expert for layer in plan.layers)

@@ -16,11 +16,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import GgufToolError
-from .stats import ModelFacts
 from .tensors import BLOCKS, TensorSpec, row_bytes
+
+if TYPE_CHECKING:  # it brings numpy along, which every `--help` would wait for
+    from .stats import ModelFacts
 
 
 class Target(NamedTuple):
@@ -186,17 +188,6 @@ class ExpertTypes:
         """32 where down has 32-weight blocks, a twin of the same size or is a float; else 256, to keep its size."""
         return 32 if _costs_nothing(self.down) else 256
 
-    def at(self, n_embd: int, width: int) -> tuple[str, str, str]:
-        """The types of gate, up and down for experts of `width` neurons."""
-        return fit(self.gate, n_embd, True), fit(self.up, n_embd, True), fit(self.down, width, True)
-
-    def expert_bytes(self, n_embd: int, width: int) -> int:
-        """Bytes of one expert of `width` neurons: `width` rows of gate and up, n_embd rows of down. 0 at width 0."""
-        if width == 0:
-            return 0
-        gate, up, down = self.at(n_embd, width)
-        return width * (row_bytes(gate, n_embd) + row_bytes(up, n_embd)) + n_embd * row_bytes(down, width)
-
 
 def expert_types(tensors: Sequence[TensorSpec], target: str, facts: MixFacts) -> dict[int, ExpertTypes]:
     """For each layer with a stack of experts (stock or tiers): the types that the mix wants for them.
@@ -218,20 +209,11 @@ def expert_types(tensors: Sequence[TensorSpec], target: str, facts: MixFacts) ->
 def alignment(target: str, layers: Mapping[int, ExpertTypes] | None = None) -> int:
     """The multiple that widths should be of: 32 where at least half of the layers lose nothing by it, else 256.
 
-    `layers` comes from `expert_types`; without it, a model of 48 layers and 64 experts stands in. The planner can do
-    better layer by layer: `ExpertTypes.alignment` and `ExpertTypes.expert_bytes`.
+    `layers` comes from `expert_types`; without it, a model of 48 layers and 64 experts stands in.
     """
     layers = layers or _typical(target)
     free = sum(types.alignment == 32 for types in layers.values())
     return 32 if 2 * free >= len(layers) else 256
-
-
-def alignment_reason(target: str, layers: Mapping[int, ExpertTypes] | None = None) -> str:
-    """Why `alignment` says so: the types of ffn_down, in how many layers, and what narrower rows would cost."""
-    layers = layers or _typical(target)
-    counts = Counter(types.down for types in layers.values())
-    parts = ", ".join(f"{_describe(down)} in {n} of {len(layers)} layers" for down, n in counts.most_common())
-    return f"{parse_target(target).name}: ffn_down is {parts}"
 
 
 def _typical(target: str) -> dict[int, ExpertTypes]:
@@ -275,15 +257,6 @@ def _takes_twin(name: str, facts: MixFacts) -> bool:
 
 def _costs_nothing(down: str) -> bool:
     return row_bytes(fit(down, 32, True), 256) <= row_bytes(down, 256)
-
-
-def _describe(down: str) -> str:
-    twin = fit(down, 32, True)
-    if twin == down:
-        return f"{down} (any multiple of {max(32, BLOCKS[down][0])})"
-    share = row_bytes(twin, 256) / row_bytes(down, 256)
-    size = "of the same size" if share == 1 else f"{share - 1:.0%} larger"
-    return f"{down} (multiples of 256; else {twin}, {size})"
 
 
 def _wanted(tensors: Sequence[TensorSpec], target: Target, facts: MixFacts) -> dict[str, str]:

@@ -13,7 +13,7 @@ from .gguf_file import GgufFile
 from .journal import Journal
 from .model_card import card_facts
 from .plan import STOCK
-from .prepare import Job
+from .prepare import Job, Prepared
 from .provenance import provenance
 from .sources import Source
 from .trial import Prompt, Tried, opening, trial
@@ -27,7 +27,7 @@ class Extras:
     """What to add.
 
     Attributes:
-        measure: whether to run models for it and to read all files again for their hashes.
+        measure: whether to run models for it and to read the inputs again for their hashes.
         prompts: what the models are to go on from; by default how the evaluation texts begin.
         command: the command line, to be repeated.
     """
@@ -36,19 +36,24 @@ class Extras:
     prompts: tuple[str, ...] = ()
     command: str = ""
 
+    def __post_init__(self) -> None:
+        if self.prompts and not self.measure:
+            raise GgufToolError("--no-extras runs no model that could go on from --prompt; leave one of the two out")
+
 
 # All of it, with the default prompts.
 ALL = Extras()
 
 
 def add_extras(
-    journal: Journal, job: Job, base: Path, models: Sequence[Tried], extras: Extras, known: Mapping[str, str]
-) -> None:
+    journal: Journal, job: Job, source: Prepared, models: Sequence[Tried], extras: Extras, known: Mapping[str, str]
+) -> None:  # fmt: skip
     """Adds the sections of `trial`, `provenance` and `model_card` to the journal; `models` without the original, the report's
     main row first; `known` are hashes of outputs that there are already, by name.
 
     A trial that fails is said in the report and costs nothing else of it.
     """
+    base = source.base
     if extras.measure:
         journal.stage("speed, memory, routing, completions")
         try:
@@ -66,7 +71,8 @@ def add_extras(
         layout = STOCK if plan is None else plan.layout
         journal.learn(card=card_facts(GgufFile(base), job.model, models[0].path, main.encoding, layout))
     journal.stage("hashes" if extras.measure else "provenance")
-    inputs = [job.model, *_files(job.calibration), *job.evaluation]
+    # A model of the hub lies in the cache: job.model is its name there, and no path.
+    inputs = [source.model.path, *_files(job.calibration), *job.evaluation]
     outputs = [journal.folder / name for name in dict.fromkeys([*journal.stages, "recipe.toml", "verified.json"])]
     journal.learn(
         provenance=provenance(

@@ -31,7 +31,7 @@ from .layout import parse
 from .memory import gib
 from .outline import Base
 from .pipeline import check_refit
-from .prepare import Job, Prepared, base_gguf, prepare
+from .prepare import Job, Prepared, base_gguf, check_names, prepare
 from .recipe import Recipe
 from .stats import CalibrationStats
 from .workspace import Say, Workspace
@@ -53,6 +53,7 @@ class Ask:
         targets: types to choose from.
         recipe: how to prune; its ratio and target are not looked at. refit: as `pipeline.build` takes it.
         every: measure every candidate that fits.
+        budget_option, ctx_option: what whoever asks calls the first two, for remedies that can be typed.
     """
 
     budget: int
@@ -61,6 +62,8 @@ class Ask:
     targets: tuple[str, ...] = TARGETS
     refit: str = ""
     every: bool = False
+    budget_option: str = "--memory"
+    ctx_option: str = "--ctx"
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,9 @@ def check(job: Job, ask: Ask) -> None:
     """Raises GgufToolError for what can be known to be impossible at once."""
     if not job.evaluation:
         raise GgufToolError("fit chooses by what files cost on a text: --eval FILE")
+    check_names(job)
     if ask.ctx < 2:
-        raise GgufToolError(f"--ctx {ask.ctx}: a context has at least 2 tokens")
+        raise GgufToolError(f"{ask.ctx_option} {ask.ctx}: a context has at least 2 tokens")
     if ask.budget > (have := physical_memory()):
         raise GgufToolError(
             f"a budget of {gib(ask.budget)} cannot be measured here, this machine has {gib(have)}; give at most that"
@@ -202,8 +206,8 @@ def _smallest(solver: Solver, ask: Ask) -> Memory:
         needs, parts = least.outline.file_bytes, ", its file alone"
     raise GgufToolError(
         f"a budget of {gib(ask.budget)} is too small: the smallest file, {least.label}, takes {gib(needs, up=True)} with "
-        f"a context of {ask.ctx} tokens{parts}. What helps: a shorter --ctx, a smaller --quant, --memory "
-        f"{gib(needs, up=True).replace(' ', '')} or more"
+        f"a context of {ask.ctx} tokens{parts}. What helps: a shorter {ask.ctx_option}, a smaller --quant, "
+        f"{ask.budget_option} {gib(needs, up=True).replace(' ', '')} or more"
     )
 
 

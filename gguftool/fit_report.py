@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import sqrt
@@ -19,6 +20,7 @@ from .memory import gib
 from .report import Candidate
 
 CHOSEN, MEASURED, LEFT_OUT, TOO_LARGE, FITS = "chosen", "measured", "left out", "too large", "fits"
+RUN = "to run it within the budget"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Weighed:
         return asdict(self) | {"kl": self.kl, "kl_err": self.error if self.texts else None}
 
 
+def goal_here(goal: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A report's goal (`FitReport.goal`) for this machine's terminal: its command names the file at `path`, and can be pasted."""
+    name = shlex.quote(Path(path).name)
+    return {key: str(said).replace(name, shlex.quote(path), 1) if key == RUN else said for key, said in goal.items()}
+
+
 @dataclass(frozen=True)
 class FitReport:
     """What a budget holds.
@@ -82,8 +90,11 @@ class FitReport:
 
     @property
     def command(self) -> str:
-        """What runs the file within the budget."""
-        return f"gguftool run {self.path} -c {self.ctx} {RUN_OPTIONS}" if self.path else ""
+        """What runs the file within the budget; it can be pasted."""
+        return self._command(str(self.path)) if self.path else ""
+
+    def _command(self, file: str) -> str:
+        return f"gguftool run {shlex.quote(file)} -c {self.ctx} {RUN_OPTIONS}"
 
     def as_dict(self) -> dict[str, Any]:
         """For fit.json and --json."""
@@ -106,12 +117,12 @@ class FitReport:
         ]  # fmt: skip
 
     def goal(self) -> dict[str, str]:
-        """What was asked for and what it came to, for a report."""
+        """What was asked for and what it came to, for a report: where the file lay on this machine is nobody's matter there."""
         goal = {"budget": f"{gib(self.budget)} of memory ({self.budget:,} bytes), with a context of {self.ctx} tokens"}
         if self.memory:
             goal["measured"] = f"{self.memory}; {self.memory.peak:,} bytes"
         if self.path:
-            goal["to run it within the budget"] = self.command.replace(str(self.path), self.path.name)
+            goal[RUN] = self._command(self.path.name)
         return goal | {"choice": self.verdict, "how it was weighed": self.protocol}
 
     def save(self, folder: Path) -> None:

@@ -13,7 +13,6 @@ from functools import cached_property
 
 from . import __version__
 from .budget import JITTER, Memory, measure
-from .dern import drops_experts
 from .encoding import FLOATS, parse_target
 from .errors import GgufToolError
 from .gguf_model import GgufModel
@@ -154,7 +153,7 @@ class Solver:
     def _made_by(self, plan: PrunePlan) -> str | None:
         """The name that the new weights of a plan will carry."""
         if plan.recipe.method == "dern":
-            return "dern" if drops_experts(plan) else None
+            return "dern" if plan.drops_experts else None
         refit = self.refit or method(plan.recipe.method).refitted
         return "refit" if refit and can_refit(self.source.model, plan) else None
 

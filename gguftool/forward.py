@@ -127,28 +127,23 @@ class LayeredPass:
         domains: Sequence[tuple[Domain, Windows]],
         record: Callable[[nn.Module, int], Recorder],
         *,
+        batch: int,
         linears: bool = False,
-        batch: int = 4,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`record(experts module, decoder index)` makes what stands in for a layer's experts; `linears` adds up the
-        inputs of all other matrices too. Of several `ranks` each runs its share of every domain's windows, and all of
-        them save the sums of all. Raises GgufToolError for windows that the model cannot be run on."""
+        """`record(experts module, decoder index)` makes what stands in for a layer's experts; `batch` windows run at
+        once; `linears` adds up the inputs of all other matrices too. Of several `ranks` each runs its share of every
+        domain's windows, and all of them save the sums of all. Raises GgufToolError for windows that the model cannot
+        be run on."""
         if batch < 1:
             raise GgufToolError(f"a batch of {batch} windows makes no progress; it takes at least 1")
         self.stream, self.checkpoint = stream, stream.checkpoint
-        longest = getattr(stream.checkpoint.config, "max_position_embeddings", None)
-        self.n_ctx = check_domains(domains, longest, stream.checkpoint.n_vocab)
+        self.n_ctx = check_windows(stream.checkpoint, domains, ranks)
         self.record, self.linears = record, linears
         self.ranks, self.tokens = ranks, sum(windows.size for _, windows in domains)
         parts = [windows[ranks.share(len(windows))] for _, windows in domains]
         self.windows = np.concatenate(parts)
-        if not len(self.windows):
-            raise GgufToolError(
-                f"{ranks.count} processes, and {self.tokens // self.n_ctx} windows of text: one has nothing to do; "
-                "start fewer, or give more text"
-            )
         self.batches = list(batches([len(windows) for windows in parts], batch))
         self.shape = (*self.windows.shape, self.checkpoint.n_embd)
         self.progress = progress or (lambda done, total, text: None)
@@ -242,7 +237,12 @@ class LayeredPass:
         return experts, arrays
 
     def finish(self, work: WorkDir) -> Arrays:
-        """The sums at the output matrix, under the name of the tensor that is multiplied there."""
+        """The sums at the output matrix, under the name of the tensor that is multiplied there.
+
+        Nothing reads them yet: llama-imatrix leaves that matrix out unless it is told --process-output, as its README says
+        that quantizing it is mostly better without, and `quantize.imatrix_entries` leaves it out too. They cost one norm a
+        token, beside a pass that is dear to take again, and stats that are added up must have the same sums.
+        """
         tied = bool(getattr(self.checkpoint.config, "tie_word_embeddings", False))
         name = "token_embd.weight" if tied else "output.weight"
         with self.ranks.together():
@@ -259,6 +259,20 @@ class LayeredPass:
     def _report(self, layer: int, windows: int) -> None:
         total, count = self.checkpoint.n_layers, len(self.windows)
         self.progress(layer * count + windows, total * count, f"layer {layer + 1} of {total}")
+
+
+def check_windows(checkpoint: Checkpoint, domains: Sequence[tuple[Domain, Windows]], ranks: Ranks = ALONE) -> int:
+    """The context length of the windows.
+
+    Raises GgufToolError for windows that the checkpoint cannot be run on, and for too few of them to share out.
+    """
+    n_ctx = check_domains(domains, getattr(checkpoint.config, "max_position_embeddings", None), checkpoint.n_vocab)
+    if not any(len(windows[ranks.share(len(windows))]) for _, windows in domains):
+        raise GgufToolError(
+            f"{ranks.count} processes, and {sum(len(windows) for _, windows in domains)} windows of text: one has nothing "
+            "to do; start fewer, or give more text"
+        )
+    return n_ctx
 
 
 def _to(hidden: Tensor, loader: LayerLoader) -> Tensor:

@@ -62,7 +62,7 @@ class Ggml:
         """A copy of a node's values, the dimensions of `ne` reversed."""
         node = tensor.contents
         if node.type not in _NUMPY:
-            raise GgufToolError(f"{node.name.decode()}: values of ggml's type {node.type} are not read here")
+            raise GgufToolError(f"{name_of(node)}: values of ggml's type {node.type} are not read here")
         kind = np.dtype(_NUMPY[node.type])
         span = kind.itemsize + sum((n - 1) * step for n, step in zip(node.ne, node.nb, strict=True))
         if self._is_host(node.buffer):
@@ -71,6 +71,12 @@ class Ggml:
             data = (ctypes.c_char * span)()
             self._library.ggml_backend_tensor_get(tensor, data, 0, span)
         return np.ndarray(tuple(node.ne)[::-1], kind, data, strides=tuple(node.nb)[::-1]).copy()
+
+
+def name_of(node: Any) -> str:
+    """A node's name; one that ggml cut off inside a character ends in a replacement."""
+    name: bytes = node.name
+    return name.decode(errors="replace")
 
 
 def address(node: Any) -> int:

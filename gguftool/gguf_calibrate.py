@@ -60,12 +60,8 @@ def calibrate_gguf(
     Raises GgufToolError for a file or windows that do not fit, and where a sum is not finite.
     """
     corpus, ggml = Corpus.of(model, domains, batch), ggml_path(llama)
-    each = obs_bytes(model)
-    if obs is None:
-        obs = each <= OBS_BYTES
-    if obs:
-        check_memory(each, memory)
-    parts = groups(model.moe_layers, each, memory) if obs else [()]
+    obs = solves_obs(model, obs, memory)
+    parts = groups(model.moe_layers, obs_bytes(model), memory) if obs else [()]
     work = StageDir(work_dir, corpus.identity(model) | {"obs": [list(part) for part in parts]})
     stages: list[Callable[[], Stage]] = [partial(_Sums, model, ggml, len(domains), parts[0])]
     stages += [partial(_Moments, model, ggml, part) for part in parts[1:]]
@@ -80,6 +76,19 @@ def calibrate_gguf(
         stats.save(out)
     work.remove()
     return stats
+
+
+def solves_obs(model: GgufModel, obs: bool | None, memory: int | None) -> bool:
+    """Whether OBS costs are solved; `obs` and `memory` as in `calibrate_gguf`.
+
+    Raises GgufToolError where they are and `memory` does not hold the second moments of one layer.
+    """
+    each = obs_bytes(model)
+    if obs is None:
+        obs = each <= OBS_BYTES
+    if obs:
+        check_memory(each, memory)
+    return obs
 
 
 def obs_bytes(model: GgufModel) -> int:

@@ -131,14 +131,6 @@ class GgufFile:
         """The metadata value of `<arch>.<key>`, one whole number; raises as `integer` does."""
         return self.integer(f"{self.arch}.{key}", default)
 
-    def has(self, name: str) -> bool:
-        """Whether there is a tensor called `name`."""
-        return name in self._offsets
-
-    def offset(self, name: str) -> int:
-        """The byte of the file at which a tensor begins."""
-        return self._offsets[name]
-
     def raw(self, spec: TensorSpec) -> Bytes:
         """The bytes of a tensor, read now: uint8, the dimensions of `ne` reversed, the last one in bytes."""
         size = row_bytes(spec.type, spec.ne[0], spec.name)
@@ -148,6 +140,12 @@ class GgufFile:
         """Some rows of a tensor that is seen as one matrix, read now: uint8 [stop - start, row bytes]."""
         size = row_bytes(spec.type, spec.ne[0], spec.name)
         return self.piece(spec, start * size, stop * size).reshape(stop - start, size)
+
+    def expert(self, spec: TensorSpec, index: int) -> Bytes:
+        """One expert's part of a stack, or its row of biases, or its number, read now: uint8, the shape that `raw` has
+        behind its first dimension."""
+        size = spec.nbytes // spec.ne[-1]
+        return self.piece(spec, index * size, (index + 1) * size).reshape(*reversed(spec.ne[1:-1]), -1)
 
     def piece(self, spec: TensorSpec, start: int, stop: int) -> Bytes:
         """Some bytes of a tensor, read now. Raises GgufToolError where the file does not have them any more."""

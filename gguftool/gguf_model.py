@@ -87,8 +87,7 @@ class GgufModel:
     def down(self, layer: int, expert: int, ggml: Path) -> Tensor:
         """The down projection of an expert, float32 [d, K]. `ggml` is the library that reads quantized rows."""
         spec = self._spec(f"blk.{layer}.ffn_down_exps.weight")
-        rows = self.file.rows(spec, expert * spec.ne[1], (expert + 1) * spec.ne[1])
-        return torch.from_numpy(dequantize_rows(rows, spec.type, ggml))
+        return torch.from_numpy(dequantize_rows(self.file.expert(spec, expert), spec.type, ggml))
 
     def router(self, layer: int, ggml: Path) -> Tensor:
         """A layer's router, float32 [E, d]. Raises GgufToolError where it has none of its own."""

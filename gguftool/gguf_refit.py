@@ -24,7 +24,7 @@ from .obs import RIDGE
 from .overrides import Key, Origin, Overrides
 from .plan import PrunePlan
 from .recorders import GramSums, routed
-from .refit import can_refit, grown_layers, narrowed_experts, solve, whole_experts
+from .refit import NOTHING, can_refit, grown_layers, most_narrowed, narrowed_experts, solve, whole_experts
 from .router_fix import RouterFix
 from .stats import Domain
 from .windows import Windows
@@ -55,21 +55,11 @@ def refit_gguf(
     Raises:
         GgufToolError: the plan is for another model, or there is nothing in it to refit.
     """
-    if plan.model_fingerprint != model.fingerprint:
-        raise GgufToolError(
-            f"the plan was made for {plan.model_name} ({plan.model_fingerprint[:12]}), not for {model.path}"
-            f" ({model.fingerprint[:12]}): refit the model that was calibrated"
-        )
-    if any(len(layer.router) < plan.n_expert for layer in plan.layers):
-        model = replace(model, norm_topk=norm_topk(llama, model))
-    if not can_refit(model, plan):
-        raise GgufToolError("the plan narrows no expert: there is nothing to refit")
+    model = refittable(model, plan, llama)
     corpus = Corpus.of(model, domains, batch)
     grown = {layer.index for layer in grown_layers(model, plan)}
     layers = [layer.index for layer in plan.layers if narrowed_experts(plan, layer.index) or layer.index in grown]
-    each = 4 * plan.n_ff_exp**2 * max(len(narrowed_experts(plan, index)) for index in layers)
-    check_memory(each, memory)
-    parts = groups(layers, each, memory)
+    parts = groups(layers, moments_bytes(plan, memory), memory)
     key = {"refit": plan.kept_hash, "ridge": RIDGE, "grown": sorted(grown), "parts": [list(part) for part in parts]}
     work = StageDir(work_dir, corpus.identity(model) | key)
     ggml = ggml_path(llama)
@@ -82,6 +72,33 @@ def refit_gguf(
             places[int(layer), int(expert), "down"] = (work.stage_path(stage), name)
     origin = Origin("refit", plan.kept_hash, tuple(domain.as_dict() for domain in corpus.domains), _notes(model))
     return Overrides(origin, places, work.remove)
+
+
+def refittable(model: GgufModel, plan: PrunePlan, llama: Any) -> GgufModel:
+    """The model; where the plan drops experts, with what its router does to the weights of those that stay.
+
+    Raises GgufToolError for a plan of another model, and for one with nothing to refit.
+    """
+    if plan.model_fingerprint != model.fingerprint:
+        raise GgufToolError(
+            f"the plan was made for {plan.model_name} ({plan.model_fingerprint[:12]}), not for {model.path}"
+            f" ({model.fingerprint[:12]}): refit the model that was calibrated"
+        )
+    if model.norm_topk is None and plan.drops_experts:
+        model = replace(model, norm_topk=norm_topk(llama, model))
+    if not can_refit(model, plan):
+        raise GgufToolError(NOTHING)
+    return model
+
+
+def moments_bytes(plan: PrunePlan, memory: int | None) -> int:
+    """Bytes of the second moments of one layer, of which most experts are narrowed.
+
+    Raises GgufToolError where `memory` does not hold them.
+    """
+    each = 4 * plan.n_ff_exp**2 * most_narrowed(plan)
+    check_memory(each, memory)
+    return each
 
 
 def _notes(model: GgufModel) -> tuple[str, ...]:

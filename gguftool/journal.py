@@ -2,7 +2,8 @@
 
 It begins when the run has locked its folder: one that another run holds, or that is refused before, keeps its report.
 A run that ends by an error or by Ctrl-C leaves a report that says so, with all that was known by then; one that is killed
-leaves a report that says it is running, and since when. No report of an earlier run outlives the start of a new one.
+leaves a report that says it is running, and since when. No report of an earlier run outlives the start of a new one, nor
+does its record: `verified.json` is there only beside the files of the run that wrote it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .errors import GgufToolError
+from .durable import stated
 from .report import Candidate, Report, Status
 from .report_files import publish
-from .workspace import Watch
+from .verification import NAME as VERIFIED
+from .workspace import Say, Watch
 
 # What a run does that makes no file, in words.
 STAGES = {
@@ -29,18 +31,21 @@ STAGES = {
     "measure": "perplexity and KL divergence",
     "check": "checks of what was measured",
 }
+# What says of the files in a folder how they came about; of a later run's files it would be wrong.
+RECORDS = (VERIFIED, "fit.json")
 
 
 class Journal:
-    """A context manager around a run that writes into `folder`.
+    """A context manager around a run that writes into `folder`; `say` hears what a person should know of the report's files.
 
     Attributes:
         report: what is known so far.
         stages: the stages so far; those of a `Workspace` have the names of files.
     """
 
-    def __init__(self, folder: Path, model: str) -> None:
+    def __init__(self, folder: Path, model: str, say: Say = lambda _text: None) -> None:
         self.folder = folder
+        self._say = say
         self._begun = False
         self.stages: list[str] = []
         start = _now()
@@ -51,8 +56,12 @@ class Journal:
         return self
 
     def begin(self) -> None:
-        """The folder belongs to this run: from here on its report is this run's. Before that nothing is written."""
+        """The folder belongs to this run: its report is this run's from here on, and what an earlier one recorded is gone.
+        Before that nothing is written."""
         self._begun = True
+        for path in (self.folder / name for name in RECORDS):
+            with stated(path):
+                path.unlink(missing_ok=True)
         self._write()
 
     def hearing(self, watch: Watch) -> Watch:
@@ -102,15 +111,19 @@ class Journal:
         if error is None or not self._begun:
             return
         stopped = not isinstance(error, Exception)
-        state, message = ("interrupted", "") if stopped else ("failed", str(error) or type(error).__name__)
-        # What went wrong is raised on; that its report cannot be written either (a full disk) must not hide it.
-        with suppress(OSError, GgufToolError):
+        # What was measured and cannot be right is why the run failed, whatever else went wrong behind that.
+        faults = [f"this cannot be right: {'; '.join(self.report.failures)}"] if self.report.failures else []
+        why = "; then: ".join([*faults, str(error) or type(error).__name__])
+        state, message = ("interrupted", "") if stopped else ("failed", why)
+        # What went wrong is raised on; that its report cannot be written either (a full disk, a fault of ours) must not hide it.
+        with suppress(Exception):
             self._write(state=state, message=message, pid=0, host="")
 
     def _write(self, **changes: Any) -> None:
         status = replace(self.report.status, updated=_now(), **changes)
         self.report = replace(self.report, status=status)
-        publish(self.report, self.folder)
+        for note in publish(self.report, self.folder):
+            self._say(f"note: {note}")
 
 
 def _now() -> str:

@@ -128,7 +128,7 @@ class View:
             "size",
             *(f"{text}: {what}" for text in self._measured for what in ("perplexity", "KL")),
         ):
-            table.add_column(name, justify="left" if name == "so far" else "right")
+            table.add_column(Text(name), justify="left" if name == "so far" else "right")
         labels = dict.fromkeys(label for models in self._measured.values() for label in models)
         for name, size in self._files.items() if not labels else ():
             table.add_row(Text(name), megabytes(size))

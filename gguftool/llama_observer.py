@@ -26,10 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import GgufToolError
-from .ggml_nodes import CALLBACK, Ggml, address, ggml_path
+from .ggml_nodes import CALLBACK, Ggml, address, ggml_path, name_of
 from .perplexity import Loaded, Session
 
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
+# llama.cpp's own names, whole: ggml calls what it derives from a node "l_out-3 (reshaped)", "l_out-3 (view)" and so on.
+_RESIDUAL = re.compile(r"l_out-(\d+)")
+_WEIGHTED = re.compile(r"ffn_moe_weighted-\d+")
+_NORMED = re.compile(r"ffn_moe_weights_(?:norm|softmax)-\d+")
 _F32 = 0
 _FLASH_ATTENTION_OFF = 0
 
@@ -103,7 +107,7 @@ class _Watcher:
     def wants(self, node: Any) -> bool:
         """Whether the values of a node are needed; it has not been computed yet."""
         if node.op == self.mul_mat_id:
-            match = _STACK.fullmatch(node.src[0].contents.name.decode())
+            match = _STACK.fullmatch(name_of(node.src[0].contents))
             return (
                 match is not None
                 and int(match[1]) in self.sink.layers
@@ -111,30 +115,30 @@ class _Watcher:
             )
         if node.op in (self.mul, self.add_id) and self._output:
             return address(node.src[0]) == self._output
-        name = node.name.decode(errors="replace")
-        if name.startswith(("ffn_moe_weights_norm-", "ffn_moe_weights_softmax-")):
+        if _NORMED.fullmatch(name_of(node)):
             self.norm_topk = True
         if not self.sink.whole:
             return False
         if node.op == self.mul_mat:
             weight = node.src[0].contents
             return weight.name.endswith(b".weight") and weight.ne[2] * weight.ne[3] == 1
-        return name.startswith("l_out-")
+        return _RESIDUAL.fullmatch(name_of(node)) is not None
 
     def take(self, tensor: Any) -> bool:
         """Takes the values of a node that `wants` wanted. False where nothing more is needed of this graph."""
         node = tensor.contents
         if node.op == self.mul_mat_id:
-            match = _STACK.fullmatch(node.src[0].contents.name.decode())
+            match = _STACK.fullmatch(name_of(node.src[0].contents))
             assert match is not None
             self._stack(tensor, int(match[1]), match[2])
         elif node.op == self.mul_mat:
-            self.sink.matrix(node.src[0].contents.name.decode(), self._rows(node.src[1]))
+            self.sink.matrix(name_of(node.src[0].contents), self._rows(node.src[1]))
         elif self._output and address(node.src[0]) == self._output:
             self._follow(tensor)
         else:
-            values = self._floats(tensor)
-            self.sink.residual(int(node.name.decode().partition("-")[2]), values.reshape(-1, values.shape[-1]))
+            match, values = _RESIDUAL.fullmatch(name_of(node)), self._floats(tensor)
+            assert match is not None
+            self.sink.residual(int(match[1]), values.reshape(-1, values.shape[-1]))
             self._shared = None
         return self.sink.whole or bool(self._left) or bool(self._pending)
 
@@ -164,7 +168,7 @@ class _Watcher:
         node = tensor.contents
         if node.op == self.mul:
             weights = self._pending_weights * self._floats(node.src[1])[0, :, :, 0]
-            if node.name.startswith(b"ffn_moe_weighted"):
+            if _WEIGHTED.fullmatch(name_of(node)):
                 self._give(weights)
                 return
             self._pending_weights = weights

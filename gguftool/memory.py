@@ -8,12 +8,13 @@ back when it needs them, are not.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
-from .checkpoint import Checkpoint
+from .checkpoint import EXPERT_PARAMETERS, Checkpoint
 from .errors import GgufToolError
 from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS
 
@@ -121,7 +122,7 @@ class MemoryPlan:
 def plan_memory(
     checkpoint: Checkpoint, windows: int, n_ctx: int, dtype: torch.dtype | None, limit: int | None, *,
     moments: int | None = None, n_domains: int = 1, threads: int = 0, device: str = "cpu",
-    what: str = "calibrate",
+    what: str = "calibrate", batch: int = DEFAULT_BATCH,
 ) -> MemoryPlan:  # fmt: skip
     """How to run a pass over `windows` windows below `limit` bytes (None: no limit).
 
@@ -130,6 +131,7 @@ def plan_memory(
             checkpoint's own type elsewhere.
         moments: experts of a layer whose second moments are taken; None for all, 0 for none.
         threads: of torch, for the solves. device: where the computation runs. what: the pass, for what is said of it.
+        batch: windows that run through a layer at once, where no limit decides that.
 
     Raises:
         GgufToolError: the limit does not hold a layer, its statistics and one window; with the numbers.
@@ -140,7 +142,7 @@ def plan_memory(
     threads = threads or torch.get_num_threads()
     for kind in choices:
         needs = needs_of(checkpoint, windows, n_ctx, kind, moments, n_domains)
-        found = _fit(needs, kind, limit, threads)
+        found = _fit(needs, kind, limit, threads, batch)
         if found is not None:
             return found
     assert limit is not None
@@ -149,12 +151,12 @@ def plan_memory(
     )
 
 
-def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int) -> MemoryPlan | None:
-    """The fastest way to stay below the limit, or None."""
+def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int, batch: int) -> MemoryPlan | None:
+    """The fastest way to stay below the limit, or None; without a limit, `batch` windows at a time."""
     if limit is None:
         together = needs.n_expert * needs.moment <= MOMENTS_TOGETHER
-        peak = needs.peak(DEFAULT_BATCH, needs.n_expert if together else 1, threads, False)
-        return MemoryPlan(dtype, DEFAULT_BATCH, 0 if together else 1, 0, False, peak, needs)
+        peak = needs.peak(batch, needs.n_expert if together else 1, threads, False)
+        return MemoryPlan(dtype, batch, 0 if together else 1, 0, False, peak, needs)
     least = min(1, needs.n_expert)
     groups = sorted({needs.n_expert, *(max(least, needs.n_expert // n) for n in (2, 4, 8, 16)), least}, reverse=True)
 
@@ -186,15 +188,7 @@ def needs_of(
 ) -> Needs:
     """What a pass takes in memory, from the checkpoint's headers."""
     n_expert, width, n_embd, size = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd, dtype.itemsize
-    prefix = f"{checkpoint.architecture.layers}."
-    weights = [0] * checkpoint.n_layers
-    widest = n_embd
-    for name, tensor in checkpoint.tensors.items():
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and index.isdecimal() and int(index) < checkpoint.n_layers:
-            weights[int(index)] += prod(tensor.shape)
-            if "expert" not in rest and len(tensor.shape) > 1:
-                widest = max(widest, *tensor.shape)
+    weights, widest = _weights_of(checkpoint)
     neurons = len(NEURON_SUMS) + len(WEIGHT_NORMS) + (len(SOLVED) if moments != 0 else 0)
     statistics = 8 * n_expert * (len(EXPERT_SUMS) * n_domains + neurons * width + n_embd) + 8 * 8 * widest
     count = n_expert if moments is None else moments
@@ -204,7 +198,7 @@ def needs_of(
     token = size * (8 * n_embd + 4 * widest) + work * (2 * widest + 2 * n_embd + n_expert)
     token += int(share * (size * (4 * width + 2 * n_embd) + work * (3 * width + 3 * n_embd)))
     return Needs(
-        layer=max(weights) * size,
+        layer=weights * size,
         embedding=checkpoint.n_vocab * n_embd * size,
         statistics=statistics,
         all_statistics=2 * len(checkpoint.moe_layers) * statistics,
@@ -214,6 +208,26 @@ def needs_of(
         window=n_ctx * token,
         hidden=windows * n_ctx * n_embd * size,
     )
+
+
+def _weights_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many weights the largest layer has when it is loaded, and the longest side of a matrix outside of the experts."""
+    packed: Counter[str] = Counter()  # a byte of MXFP4 is two weights, and its scales are none
+    for layer in filter(checkpoint.is_mxfp4, checkpoint.moe_layers):
+        for source in (s for leaf in EXPERT_PARAMETERS for s in checkpoint.expert_sources(layer, leaf)):
+            assert source.scales is not None
+            packed[source.tensor.name] += prod(source.shape)
+            packed[source.scales.name] = 0
+    weights = [0] * checkpoint.n_layers
+    widest = checkpoint.n_embd
+    for name, tensor in checkpoint.tensors.items():
+        index, suffix = checkpoint.split_layer(checkpoint.converter_name(name))
+        if index is None or index >= checkpoint.n_layers or checkpoint.is_unread(name):
+            continue
+        weights[index] += packed[name] if name in packed else prod(tensor.shape)
+        if "expert" not in suffix and len(tensor.shape) > 1:
+            widest = max(widest, *tensor.shape)
+    return max(weights), widest
 
 
 def _refusal(needs: Needs, choices: tuple[torch.dtype, ...], limit: int, what: str) -> str:

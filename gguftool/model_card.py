@@ -6,7 +6,9 @@ quantized_by, license, license_name, license_link; empty where nothing is known.
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 
 from .gguf_file import GgufFile
 from .report import Report, Row, markdown_table, megabytes
+from .sources import HUB, is_hub_id
 
 # By this a card of ours is told from a file that somebody else put there.
 MARK = "<!-- model card by gguftool -->"
@@ -21,14 +24,15 @@ CARD = "README.md"
 
 
 def card_facts(base: GgufFile, model: Path, file: Path, encoding: str, layout: str) -> dict[str, str]:
-    """The section `card`: what the base GGUF says of its license and of where it comes from, or the path of `model` does.
+    """The section `card`: what the base GGUF says of its license and of where it comes from, or `model` does, which is a path or
+    the model's name on the hub.
 
     llama.cpp's converter copies license and names out of the checkpoint's own card.
     """
     url = str(base.value("general.repo_url", base.value("general.source.repo_url", "")))
     return {
         "file": file.name, "encoding": encoding, "layout": layout, "arch": str(base.value("general.architecture", "")),
-        "base_model": _hub_name(url) or _hub_cache_name(model),
+        "base_model": model.as_posix() if is_hub_id(model) else _hub_name(url) or _hub_cache_name(model),
         "quantized_by": "",
         **{
             key: str(base.value(f"general.license{suffix}", ""))
@@ -128,8 +132,8 @@ def _made(report: Report) -> list[str]:
         lines += [
             f"- {_line(name)}: {_line(value)}" for name, value in origin["environment"].items() if name in PROGRAMS
         ]
-        if origin.get("command"):
-            lines += ["", "```", _fenced(short_command(origin["command"])), "```"]
+        if command := short_command(origin.get("command", ""), _hub_names(report)):
+            lines += ["", "```", _fenced(command), "```"]
         hashes = [f for f in origin["files"] if f["sha256"] and f["role"] == "output" and f["name"].endswith(".gguf")]
         if hashes:
             lines += ["", *markdown_table(["file", "sha256"], [[f["name"], f["sha256"]] for f in hashes])]
@@ -140,15 +144,43 @@ PROGRAMS = ("gguftool", "llama.cpp")
 REMOVED = "What was removed is gone for every text; on texts unlike the calibration data the loss may be far larger."
 
 
-def short_command(command: str) -> str:
-    """A command line with the names of files instead of their paths: where they lay on somebody's machine is nobody's matter."""
+def short_command(command: str, hub: Collection[str] = ()) -> str:
+    """A command line with the names of files instead of their paths: where they lay on somebody's machine is nobody's matter.
+
+    Args:
+        hub: names of models and datasets (with their configuration) on the hub, which stay whole; by looks they are paths.
+
+    What is no command line is left out: nothing of it is known.
+    """
     try:
         parts = shlex.split(command)
     except ValueError:
-        return command
-    return shlex.join(
-        part.rstrip("/").rpartition("/")[2] if part.startswith(("/", "~", ".")) else part for part in parts
-    )
+        return ""
+    return shlex.join(_part(part, before, hub) for before, part in zip(["", *parts], parts, strict=False))
+
+
+def _part(part: str, before: str, hub: Collection[str]) -> str:
+    """A part of a command line behind the part `before`, as --data FILE, --data=FILE or -oFOLDER may be written."""
+    if before == "--prompt" or part.startswith("--prompt="):  # a text and no path
+        return part
+    if part.startswith("--"):
+        option, sign, value = part.partition("=")
+        return option + sign + _last_name(value, hub)
+    return part[:2] + _last_name(part[2:], hub) if part.startswith("-") else _last_name(part, hub)
+
+
+def _last_name(value: str, hub: Collection[str]) -> str:
+    """What --data has (PATH:FIELD:LIMIT@WEIGHT, the same behind hf:), or any path, without folders."""
+    head, place = (HUB, value.removeprefix(HUB)) if value.startswith(HUB) else ("", value)
+    if re.split("[:@]", place, maxsplit=1)[0] in hub:
+        return value
+    return head + re.split(r"[/\\]", re.sub(r"[/\\]+(?=[:@]|$)", "", place))[-1]
+
+
+def _hub_names(report: Report) -> set[str]:
+    """The model, and the datasets among the calibration texts; these are called OWNER/NAME[/CONFIG]:SPLIT, files NAME."""
+    texts = [str(text["name"]).rpartition(":")[0] for text in report.facts.get("model", {}).get("texts", ())]
+    return {name for name in (report.facts["card"].get("base_model", ""), *texts) if "/" in name}
 
 
 def _limits(report: Report) -> list[str]:

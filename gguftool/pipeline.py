@@ -1,4 +1,4 @@
-"""compress: checkpoint -> base GGUF -> stats -> plan -> pruned GGUF -> quantized GGUF -> report, resumable."""
+"""checkpoint -> base GGUF -> stats -> plan -> pruned GGUF -> quantized GGUF -> report, resumable; `runs` puts it in a row."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import encoding
+from . import encoding, refitting
 from .chat import template_of_gguf
 from .checkpoint import Checkpoint
 from .corpus import read_scored
 from .coverage import coverage
 from .crosscheck import crosscheck
-from .dern import dern, drops_experts
+from .dern import dern
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
-from .extras import ALL, Extras, add_extras
+from .extras import Extras, add_extras
 from .gguf_model import GgufModel, is_gguf
-from .gguf_refit import NO_SEQUENTIAL, refit_gguf
+from .gguf_refit import NO_SEQUENTIAL
 from .journal import Journal
 from .memory import parse_dtype
 from .methods import method
@@ -26,16 +26,14 @@ from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .prediction import noise
-from .prepare import Job, Prepared, prepare
+from .prepare import Job, Prepared, check_names, prepare
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
-from .refit import can_refit, refit_memory
-from .refit import refit as refit_weights
+from .refit import can_refit
 from .report import Report, Row
 from .report_facts import calibrated_facts, expert_facts, model_facts
 from .runtime_base import BACKENDS
 from .runtime_base import built as built_runtime
-from .sequential import refit_sequentially
 from .sources import as_source
 from .trial import Tried
 from .verification import Expected, Verified, check_sound, failures, hashes
@@ -73,7 +71,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     if not refit and method(recipe.method).refitted == "sequential" and isinstance(source.model, GgufModel):
         refit, notes = "plain", (f"refitted plainly: {NO_SEQUENTIAL}",)
     refit = refit or method(recipe.method).refitted
-    if refit == "sequential" and any(len(layer.router) < plan.n_expert for layer in plan.layers):
+    if refit == "sequential" and plan.drops_experts:
         refit = "plain"  # the sequential one needs the original's routes
     percent = round(100 * recipe.ratio)
     stem = f"{stats.model.name}-{recipe.method.upper().replace(',', '_')}{percent}"
@@ -90,7 +88,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
         weights = work.read(path, Overrides.load)
         sequential = refit == "sequential"
         stem, label = f"{stem}{'RS' if sequential else 'R'}", f"{label} + {'sequential ' if sequential else ''}refit"
-    elif recipe.method == "dern" and drops_experts(plan):
+    elif recipe.method == "dern" and plan.drops_experts:
         assert isinstance(source.model, Checkpoint)
         checkpoint = source.model
         path = work.step(
@@ -132,18 +130,14 @@ def check_refit(job: Job, recipe: Recipe, refit: str) -> None:
 
 def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, how: str, path: Path) -> None:
     scratch = work.folder / "refit.work"
+    checked: refitting.Refit
     if isinstance(source.model, GgufModel):
-        refit_gguf(
-            source.model, plan, source.domains, scratch, llama=job.llama, memory=job.limit, progress=job.progress
-        ).save(path)
-        return
-    fit = refit_sequentially if how == "sequential" else refit_weights
-    needs = refit_memory(
-        source.model, plan, source.domains, parse_dtype(job.dtype), job.limit, device=job.device,
-        sequential=how == "sequential",
-    )  # fmt: skip
-    fitted = fit(source.model, plan, source.domains, scratch, device=job.device, how=needs, progress=job.progress)
-    fitted.save(path)
+        checked = refitting.of_gguf(source.model, plan, source.domains, llama=job.llama, limit=job.limit)
+    else:
+        checked = refitting.of_checkpoint(
+            source.model, plan, source.domains, kind=how, device=job.device, dtype=parse_dtype(job.dtype), limit=job.limit
+        )  # fmt: skip
+    checked.run(scratch, path, job.progress)
 
 
 def quantize_base(job: Job, work: Workspace, source: Prepared, target: str) -> Built:
@@ -237,6 +231,7 @@ def produce(
     job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", dry: bool = False, journal: Journal | None = None
 ) -> Produced:  # fmt: skip
     """Every file of one recipe, in `out`; what is there already stays. A `dry` run only finds what that is."""
+    check_names(job)
     watch = job.watch if journal is None else journal.hearing(job.watch)
     work = Workspace(out, say, watch=watch, dry=dry)
     if journal is not None:
@@ -277,17 +272,17 @@ def assess(job: Job, made: Produced, journal: Journal, extras: Extras) -> Report
     watch = journal.hearing(job.watch)
     watch("stage", {"name": "measure"})
     report = judge(job, made.source.base, models, made.source.stats.model.name, made.notes)
-    journal.measured(report)
     expected = [Expected(model.label, None) for model in models]
     texts = {text: [row.texts[text] for row in report.rows] for text in report.base}
-    watch("stage", {"name": "check"})
     faults = list(failures(texts, expected, made.source.stats.model.n_vocab))
+    journal.measured(replace(report, failures=tuple(faults)))
+    watch("stage", {"name": "check"})
     faults += [*far_from_plan(job, made), *backends_apart(job, made)]
+    journal.measured(replace(report, failures=tuple(faults)))
     verified = Verified(hashes(made.work.folder, made.files, job.progress), faults)
     verified.save(made.work.folder)
-    journal.measured(replace(report, failures=tuple(faults)))
     tried = [Tried(item.label, item.path, item.plan) for item in models if item.path != made.source.base]
-    add_extras(journal, job, made.source.base, tried, extras, verified.files)
+    add_extras(journal, job, made.source, tried, extras, verified.files)
     return journal.finish()
 
 
@@ -330,18 +325,3 @@ def backends_apart(job: Job, made: Produced) -> list[str]:
         f"{made.built.label}: {' and '.join(backends)} differ by {found.difference:.5f} in ln(perplexity), more than "
         f"{found.tolerance:.5f}; `gguftool runtime selftest` looks for the reason"
     ]
-
-
-def compress(
-    job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", extras: Extras = ALL
-) -> Report:  # fmt: skip
-    """The whole line for one recipe; the report stands beside the files in `out`, from the start on (see `journal`)."""
-    check_judged(job)
-    with Journal(out, job.model.name) as journal:
-        return assess(job, produce(job, out, recipe, say, refit=refit, journal=journal), journal, extras)
-
-
-def check_judged(job: Job) -> None:
-    """Raises GgufToolError where there is no text to judge by."""
-    if not job.evaluation:
-        raise GgufToolError("compress needs a text to judge the result by: --eval FILE")

@@ -114,6 +114,11 @@ class PrunePlan:
         return sum(sum(layer.widths) for layer in self.layers) / (len(self.layers) * self.n_expert * self.n_ff_exp)
 
     @property
+    def drops_experts(self) -> bool:
+        """Whether any layer's router loses experts."""
+        return any(len(layer.router) < self.n_expert for layer in self.layers)
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors in the file, with the padding between them; the header comes on top."""
         return sum(spec.padded_bytes for spec in self.tensors)

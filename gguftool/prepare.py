@@ -14,21 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from . import encoding
-from .calibrate import calibrate
+from . import calibration, encoding
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, load_domains
 from .errors import GgufToolError
 from .forward import Windows
-from .gguf_calibrate import OBS_BYTES, calibrate_gguf
-from .gguf_calibrate import obs_bytes as gguf_obs_bytes
 from .gguf_file import Progress
 from .gguf_model import GgufModel, is_gguf, open_gguf
 from .gguf_tokenizer import GgufTokenizer
 from .inventory import model_facts
 from .loader import usable_device
-from .memory import parse_bytes, parse_dtype, plan_memory
+from .memory import parse_bytes, parse_dtype
 from .methods import method
 from .planner import make_plan
 from .recipe import Recipe
@@ -37,6 +34,9 @@ from .sources import Source
 from .stats import CalibrationStats, Domain
 from .verification import check_sound
 from .workspace import Watch, Workspace
+
+# In the output folder: the state of a calibration.
+SCRATCH = "calibrate.work"
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Job:
         windows: at most so many windows of a calibration text, times its weight; None takes all.
         eval_windows: the same of an evaluation text.
         seed: above 0, draw the windows of a calibration text instead of taking the first ones.
-        dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them; of a GGUF
-            only `memory`, which its second moments may take.
+        dtype, memory: type of the computation and limit of memory, as `memory.parse_dtype` and `parse_bytes` read them; a GGUF
+            takes "auto" only, and `memory` is what its second moments may take.
         watch: told of every step and measurement.
     """
 
@@ -90,8 +90,14 @@ class Prepared:
         return self.model.encoding if isinstance(self.model, GgufModel) else _base_encoding(self.stats)
 
     def has_encoding(self, target: str) -> bool:
-        """Whether the base is quantized to `target` already, so that what is cut from it is so too."""
-        return isinstance(self.model, GgufModel) and self.model.encoding == encoding.parse_target(target).name
+        """Whether the base has the types of `target` already, so that what is cut from it has them too."""
+        name = encoding.parse_target(target).name
+        if isinstance(self.model, GgufModel):
+            return self.model.encoding == name
+        if name not in encoding.FLOATS:
+            return False
+        facts = self.stats.model
+        return encoding.assign(facts.tensors, name, encoding.MixFacts.of_model(facts)) == tuple(facts.tensors)
 
     @property
     def quantized_types(self) -> frozenset[str]:
@@ -129,12 +135,13 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
     _check_evaluation(job, tokenizer)
     usable_device(job.device, solves=any(method(recipe.method).refitted for recipe in recipes))
-    count = sum(len(tokens) for _, tokens in domains)
-    how = plan_memory(
-        checkpoint, count, job.n_ctx, parse_dtype(job.dtype), job.limit, n_domains=len(domains), device=job.device
+    checked = calibration.of_checkpoint(
+        checkpoint, domains, device=job.device, dtype=parse_dtype(job.dtype), limit=job.limit
     )
+    if work.dry:
+        checked.rehearse()
     if job.limit is not None:
-        work.say(str(how))
+        work.say(checked.how)
     blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
     for recipe in recipes:
         make_plan(blank, recipe)
@@ -142,10 +149,10 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     base = base_gguf(job, work, checkpoint)
 
     def measure(path: Path) -> None:
-        scratch = work.folder / "calibrate.work"
-        calibrate(checkpoint, domains, scratch, device=job.device, how=how, progress=job.progress, out=path)
+        checked.run(work.folder / SCRATCH, path, job.progress)
 
-    path = work.step(_stats_name(job), inputs | _texts_key(job, domains) | {"dtype": str(how.dtype)}, measure)
+    key = inputs | _texts_key(job, domains) | {"dtype": str(checked.memory.dtype)}
+    path = work.step(_stats_name(job), key, measure)
     stats = work.read(path, CalibrationStats.load) or blank
     return Prepared(checkpoint, base, stats, domains)
 
@@ -157,12 +164,15 @@ def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def base_gguf(job: Job, work: Workspace, checkpoint: Checkpoint) -> Path:
-    """The checkpoint as llama.cpp's converter writes it."""
-    return work.step(
+    """The checkpoint as llama.cpp's converter writes it. In a dry workspace the converter only says whether it would."""
+    path = work.step(
         "base.gguf",
         _model_key(checkpoint) | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
         lambda path: convert_soundly(job, checkpoint, path),
     )
+    if path.name in work.missing:
+        convert(checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, dry_run=True)
+    return path
 
 
 def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -171,24 +181,21 @@ def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     """The same from a GGUF, which is its own base."""
-    if job.device != "cpu":
-        raise GgufToolError(f"--device {job.device}: a GGUF is calibrated by llama.cpp on the CPU; leave it out")
+    calibration.refuse_options(job.device, job.dtype)
     model, tokenizer = open_gguf(job.model), GgufTokenizer(job.llama, job.model)
     for recipe in recipes:
         if recipe.method == "dern":
             raise GgufToolError(f"dern needs the checkpoint, and {job.model} is a GGUF; take another method")
     domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
     _check_evaluation(job, tokenizer)
-    blank = CalibrationStats.blank(model.facts(), len(domains), obs=gguf_obs_bytes(model) <= OBS_BYTES)
+    checked = calibration.of_gguf(model, domains, llama=job.llama, limit=job.limit)
+    blank = CalibrationStats.blank(model.facts(), len(domains), obs=checked.obs)
     for recipe in recipes:
         make_plan(blank, recipe)
     key = {"model": model.fingerprint, "runtime": job.runtime.path.name}
 
     def measure(path: Path) -> None:
-        scratch = work.folder / "calibrate.work"
-        calibrate_gguf(
-            model, domains, scratch, llama=job.llama, memory=job.limit, progress=job.progress, out=path
-        )  # fmt: skip
+        checked.run(work.folder / SCRATCH, path, job.progress)
 
     path = work.step(_stats_name(job), key | _texts_key(job, domains), measure)
     stats = work.read(path, CalibrationStats.load) or blank
@@ -205,10 +212,14 @@ def _texts_key(job: Job, domains: Sequence[tuple[Domain, Windows]]) -> dict[str,
     return {"texts": [domain.as_dict() for domain, _ in domains], "windows": windows, "n_ctx": job.n_ctx}
 
 
-def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
+def check_names(job: Job) -> None:
+    """Raises GgufToolError where two evaluation texts have one name: for whoever goes by it, as reports do."""
     stems = [path.stem for path in job.evaluation]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise GgufToolError(f"two evaluation texts are called {twice[0]!r}; the report needs different names")
+
+
+def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
     if job.n_ctx < 4 or (job.eval_windows is not None and job.eval_windows < 1):
         raise GgufToolError(
             f"--ctx {job.n_ctx}, --eval-windows {job.eval_windows}: at least 4 and 1 are needed to score"

@@ -80,8 +80,7 @@ def quantize(
             `allow_requantize`), an encoding that needs an importance matrix and has none, a failure of llama-quantize (its
             own words are given), or a result in which a tensor has another type than was asked for. No output is left behind.
     """
-    if not dry_run:
-        check_output(out, force, source)
+    check_output(out, force or dry_run, source)
     if not tools.binary.is_file():
         raise GgufToolError(f"{tools.binary}: no llama-quantize there; build the runtime first")
     file = GgufFile(source)
@@ -143,7 +142,7 @@ def imatrix_entries(stats: CalibrationStats, kept: Iterable[LayerPlan], specs: I
     gate and up see the input of their expert, sum of x^2: [experts, n_embd]; down sees its neurons, sum of h^2:
     [experts, width]; any other matrix of a block sees all tokens: [1, columns]. The count beside them is that of the
     tokens routed to the expert; where it is 0, llama-quantize weighs all columns alike. Neurons that `expand` padded
-    with zeros have sum 0. Token embeddings and output have no entry, as in llama-imatrix.
+    with zeros have sum 0. Token embeddings and output have no entry, as in llama-imatrix, though the stats have the sums.
 
     Args:
         kept: what is left of each layer; one that is missing is whole.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .durable import write_text
+from .encoding import parse_target
 from .errors import GgufToolError
 from .recipe import Recipe
 from .sources import HUB, Source, is_hub_id, parse_source, spell
@@ -82,7 +83,8 @@ class RunRecipe:
     """A whole run of `compress`. The attributes are its options; see `recipe.Recipe` and `prepare.Job` for what they mean.
 
     `about` is a line for people; `made` is there in the recipe that a run has left behind. `fit` and `fit_ctx` ask for the
-    ratio and the type that fit into so much memory with so much context.
+    ratio and the type that fit into so much memory with so much context. `quant` is the type's own name, however it was
+    written (q4_k).
     """
 
     about: str = ""
@@ -127,13 +129,22 @@ class RunRecipe:
                 raise GgufToolError(f"{name} {value} is less than {least}")
         if self.fit is not None and self.ratio is not None:
             raise GgufToolError("fit finds the ratio; leave ratio (--ratio, --keep) out")
+        if self.fit_ctx is not None and self.ratio is not None:
+            raise GgufToolError("fit_ctx (--fit-ctx) is the context of a budget, and a ratio has none; leave it out")
         # A Recipe checks the rest; where the ratio is still open, any will do.
         self._recipe(0.0 if self.ratio is None else self.ratio)
+        if self.quant is not None:
+            # Files, labels and a run's memory of what it made go by this name: another spelling would make all of it anew.
+            object.__setattr__(self, "quant", parse_target(self.quant).name)
 
     def changed(self, given: Mapping[str, Any]) -> RunRecipe:
-        """With other values. A ratio takes the place of a budget, and the other way round."""
+        """With other values. A ratio takes the place of a budget, and the other way round.
+
+        A `quant` that stood beside a ratio goes with it: it was half of that answer, and a budget finds both halves. Beside a
+        budget of the recipe's own it is a part of the question, and stays.
+        """
         if given.get("fit") is not None:
-            given = {"ratio": None, **given}
+            given = {"ratio": None, "quant": self.quant if self.fit is not None else None, **given}
         elif given.get("ratio") is not None:
             given = {"fit": None, "fit_ctx": None, **given}
         return replace(self, **given)

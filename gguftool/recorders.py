@@ -113,8 +113,8 @@ class ExpertSums:
         return found | {"expert_inputs": self.inputs.cpu().numpy()}
 
     def add(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
-        """Adds n tokens of an expert: its inputs x [n, d], neurons h [n, K], output f [n, d] without the router weights
-        [n], and its down projection [d, K]."""
+        """Adds n tokens of an expert: its inputs x [n, d], neurons h [n, K], output f [n, d], its bias included, without
+        the router weights [n], and its down projection [d, K]."""
         kind = torch.promote_types(x.dtype, torch.float32)
         _add(self.inputs[expert], x.to(kind).square().sum(dim=0))
         self.record(expert, x, h, f, gate, down)
@@ -122,7 +122,8 @@ class ExpertSums:
     def record(self, expert: int, x: Tensor, h: Tensor, f: Tensor, gate: Tensor, down: Tensor) -> None:
         """`add` without the inputs. Per token, and over those of one call, in float32 at least; over calls in float64.
 
-        Neuron projection p_k = h_k <W_:k, f> / ||f|| in its cheap form h * (f W) / ||f||: arXiv 2606.09885 (ENP).
+        Neuron projection p_k = h_k <W_:k, f> / ||f|| in its cheap form h * (f W) / ||f||: arXiv 2606.09885 (ENP). Where
+        experts have a bias, f holds it: the projection is on what the expert gives, not on W h alone.
         """
         work = torch.promote_types(x.dtype, torch.float32)
         # BF16 rounds f W by as much as it rounded f, and several times as fast; float16 might overflow.

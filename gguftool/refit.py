@@ -34,6 +34,8 @@ from .routes import RoutesFile
 from .stats import Domain
 from .workdir import WorkDir
 
+NOTHING = "the plan narrows no expert: there is nothing to refit"
+
 
 def refit(
     checkpoint: Checkpoint,
@@ -55,10 +57,7 @@ def refit(
     Raises:
         GgufToolError: the plan is for another checkpoint, or there is nothing in it to refit.
     """
-    if plan.model_fingerprint != checkpoint.fingerprint:
-        raise GgufToolError(f"the plan was made for {plan.model_name}, not for the checkpoint {checkpoint.name}")
-    if not can_refit(checkpoint, plan):
-        raise GgufToolError("the plan narrows no expert: there is nothing to refit")
+    check_plan(checkpoint, plan)
     usable_device(device, solves=True)
     if how is None:
         how = refit_memory(checkpoint, plan, domains, dtype, None)
@@ -95,6 +94,18 @@ def refit(
     return Overrides(origin, places, work.remove, work_dir)
 
 
+def check_plan(checkpoint: Checkpoint, plan: PrunePlan, *, sequential: bool = False) -> None:
+    """Raises GgufToolError for a plan of another checkpoint, and for one that cannot be refitted (in that way)."""
+    if plan.model_fingerprint != checkpoint.fingerprint:
+        raise GgufToolError(f"the plan was made for {plan.model_name}, not for the checkpoint {checkpoint.name}")
+    if sequential and plan.drops_experts:
+        raise GgufToolError(
+            "the plan drops experts from the router, and a sequential refit needs the original's routes; refit it plainly"
+        )
+    if not can_refit(checkpoint, plan):
+        raise GgufToolError(NOTHING)
+
+
 def refit_memory(
     checkpoint: Checkpoint, plan: PrunePlan, domains: Sequence[tuple[Domain, Windows]], dtype: torch.dtype | None,
     limit: int | None, *, device: str = "cpu", sequential: bool = False,
@@ -122,6 +133,18 @@ class Routing(Protocol):
 def can_refit(model: Routing, plan: PrunePlan) -> bool:
     """Whether there is anything in a plan that `refit` can make good."""
     return any(narrowed_experts(plan, layer.index) for layer in plan.layers) or bool(grown_layers(model, plan))
+
+
+def refitted_widths(model: Routing, plan: PrunePlan, *, sequential: bool = False) -> list[int]:
+    """The widths of all experts that get new down columns, those that no token reaches among them."""
+    grown = {layer.index for layer in grown_layers(model, plan)}
+    whole = plan.n_ff_exp
+    return [
+        width
+        for layer in plan.layers
+        for width in layer.widths
+        if width and (width < whole or sequential or layer.index in grown)
+    ]
 
 
 def grown_layers(model: Routing, plan: PrunePlan) -> list[LayerPlan]:

@@ -129,6 +129,15 @@ class Report:
 
     failures: Sequence[str] = ()
 
+    @property
+    def untried(self) -> list[str]:
+        """Models that were not run for their speed and for what they write, a line each with the reason."""
+        alone = "; what the others write is compared with nothing"
+        return [
+            f"{one['label']} was not run: {one['why']}" + (alone if one["label"] == "original" else "")
+            for one in self.facts.get("speed", {}).get("skipped", ())
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """For report.json and --json."""
         return {
@@ -221,7 +230,7 @@ class Report:
             head, rows = self.cells(short=False)
             lines += [*markdown_table(head, rows), "", self.protocol, ""]
         lines += [f"**Not done, this cannot be right:** {failure}" for failure in self.failures]
-        lines += [f"- {note}" for note in self.notes]
+        lines += [f"- {note}" for note in (*self.notes, *self.untried)]
         if self.candidates or self.budget:
             budget = (self.budget or {}).items()
             lines += ["", "## What was weighed", "", *(f"- {name}: {value}" for name, value in budget)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log10
+from math import isfinite, log10
 from typing import Any
 
 from .divergence import HISTOGRAM_EDGES
@@ -32,7 +32,7 @@ class Dot:
 
 
 def dots(report: Report, name: str) -> list[Dot]:
-    """The rows of a report and its candidates, as points of the text `name`."""
+    """The rows of a report and its candidates, as points of the text `name`; those whose divergence is not finite have none."""
     found = [
         Dot(str(i), row.label, row.bytes, float(row.texts[name]["kld"]["mean"]), float(row.texts[name]["kld"]["err"]),
             "quantized" if row.method == "none" else "pruned")
@@ -46,7 +46,7 @@ def dots(report: Report, name: str) -> list[Dot]:
             found.append(
                 Dot("", item.label, item.bytes, float(value["mean"]), float(value.get("err", 0.0)), kind)
             )  # fmt: skip
-    return found
+    return [dot for dot in found if isfinite(dot.kl)]
 
 
 SHAPES = {"pruned": "circle", "quantized": "square", "candidate": "diamond", "chosen": "diamond"}
@@ -72,7 +72,8 @@ def size_quality(report: Report, name: str) -> str:
     for dot, on in zip(found, best, strict=True):
         cx, cy = x(dot.bytes / unit), y(dot.kl)
         title = f"{dot.label}: {megabytes(dot.bytes)}, KL {dot.kl:.5f} ± {dot.error:.5f}"
-        parts.append(line(cx, y(max(dot.kl - dot.error, 1e-300)), cx, y(dot.kl + dot.error), f"err {dot.kind}"))
+        if isfinite(dot.error):
+            parts.append(line(cx, y(max(dot.kl - dot.error, 1e-300)), cx, y(dot.kl + dot.error), f"err {dot.kind}"))
         parts.append(mark(cx, cy, SHAPES[dot.kind], f"mark {dot.kind}", title, 4 if len(found) > FEW else 5.5))
         if dot.number and (on or len(found) <= FEW):
             place = _free_place(cx, cy, taken, points)
@@ -111,18 +112,19 @@ class Bar:
 
 
 def intervals(bars: Sequence[Bar], name: str, *, log: bool = False) -> str:
-    """Values with their errors, one below the other."""
+    """Values with their errors, one below the other; of one that is not finite there are only the words."""
     top, step = 6, 40
     bottom = top + step * len(bars)
     x = Scale(*padded([v for bar in bars for v in (bar.low, bar.high)], log=log), 8, WIDTH - 10, log=log)
     parts = [axis_x(x, bottom, top, name, 4 if log else 5)]
     for index, bar in enumerate(bars):
         y = top + step * index + 24
-        parts += [
-            text(8, y - 11, clipped(bar.label), "rowname"), text(WIDTH - 10, y - 11, bar.words, "value", "end"),
-            line(x(bar.low), y, x(bar.high), y, f"err wide {bar.kind}"),
-            mark(x(bar.value), y, "square" if bar.kind == "quantized" else "circle", f"mark {bar.kind}", bar.words, 4),
-        ]  # fmt: skip
+        parts += [text(8, y - 11, clipped(bar.label), "rowname"), text(WIDTH - 10, y - 11, bar.words, "value", "end")]
+        if isfinite(bar.low) and isfinite(bar.high):
+            parts.append(line(x(bar.low), y, x(bar.high), y, f"err wide {bar.kind}"))
+        if isfinite(bar.value):
+            shape = "square" if bar.kind == "quantized" else "circle"
+            parts.append(mark(x(bar.value), y, shape, f"mark {bar.kind}", bar.words, 4))
     label = f"{name}: " + "; ".join(f"{bar.label} {bar.words}" for bar in bars)
     return figure(bottom + 38, label, *parts)
 
@@ -164,10 +166,11 @@ def token_histogram(series: Sequence[tuple[str, Mapping[str, Any], str]], name: 
         steps.append((x(edges[-1]), y(0)))
         parts.append(polyline(steps, f"spread {kind}"))
     for label, kld, kind in series:
-        parts += [
-            line(x(kld["mean"]), 26, x(kld["mean"]), 186, f"meanline {kind}"),
-            mark(x(kld["mean"]), 26, "diamond", f"mark {kind}", f"{label}: mean {kld['mean']:.5f}", 3),
-        ]  # fmt: skip
+        if isfinite(kld["mean"]):
+            parts += [
+                line(x(kld["mean"]), 26, x(kld["mean"]), 186, f"meanline {kind}"),
+                mark(x(kld["mean"]), 26, "diamond", f"mark {kind}", f"{label}: mean {kld['mean']:.5f}", 3),
+            ]  # fmt: skip
     parts += [
         line(34, 186, WIDTH - 10, 186, "axis"),
         text(187, 216, "KL divergence at a token, nats", "name", "middle"),
@@ -232,7 +235,8 @@ def _cells(heat: Heat, left: float, top: float, width: float, height: float) -> 
 def depth(values: Sequence[tuple[int, float]], name: str, axis: str, kind: str = "pruned") -> str:
     """A bar for each layer, from the first to the last; values in per cent."""
     top, bottom, left = 26, 176, 34
-    y = Scale(0, max([100.0 if axis == "kept, %" else 0.0] + [v for _, v in values] + [1e-9]), bottom, top)
+    finite = [value for _, value in values if isfinite(value)]
+    y = Scale(0, max([100.0 if axis == "kept, %" else 0.0, *finite, 1e-9]), bottom, top)
     step = (WIDTH - left - 8) / len(values)
     parts = [axis_y(y, left, WIDTH - 8, axis)]
     every = -(-len(values) // 12)
@@ -258,15 +262,16 @@ def depth(values: Sequence[tuple[int, float]], name: str, axis: str, kind: str =
 
 
 def log_levels(rows: Sequence[Sequence[float]]) -> tuple[list[list[int]], float, float]:
-    """Levels of values by their logarithm over all rows, and the smallest and the largest value above 0."""
-    positive = [value for row in rows for value in row if value > 0]
+    """Levels of values by their logarithm over all rows, and the smallest and the largest finite value above 0. The level of
+    inf is the highest, that of nan the lowest."""
+    positive = [value for row in rows for value in row if value > 0 and isfinite(value)]
     low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
-    span = log10(high / low) if high > low else 1.0
+    span = log10(high) - log10(low) or 1.0
 
     def level(value: float) -> int:
-        return min(LEVELS - 1, int(LEVELS * log10(value / low) / span)) if value > 0 else 0
+        return int(LEVELS * (log10(min(value, high)) - log10(low)) / span) if value > 0 else 0
 
-    return [[level(value) for value in row] for row in rows], low, high
+    return [[min(LEVELS - 1, level(value)) for value in row] for row in rows], low, high
 
 
 def clipped(label: str, most: int = 36) -> str:
@@ -275,5 +280,5 @@ def clipped(label: str, most: int = 36) -> str:
 
 
 def linear_level(value: float, high: float) -> int:
-    """The level of a value between 0 and `high`; 0 alone has the lowest."""
-    return 0 if value <= 0 or high <= 0 else max(1, min(LEVELS - 1, round((LEVELS - 1) * value / high)))
+    """The level of a value between 0 and `high`; 0 and what is no number have the lowest."""
+    return max(1, round((LEVELS - 1) * min(1.0, value / high))) if value > 0 and high > 0 else 0

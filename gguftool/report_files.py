@@ -25,22 +25,27 @@ _NUMBERS = re.compile(r"\[\n[\s\d.eE+,nul-]*?\]")
 def publish(report: Report, folder: Path) -> list[str]:
     """Writes the report's files into `folder`, each whole or not at all.
 
-    The model card is written where there is a finished model to describe, or one of an earlier run to take back; a README.md
-    that gguftool did not make is left alone. Returns notes for a person.
+    report.json goes first: it says how the run stands even where what is rendered from it cannot be. The model card is written
+    where there is a finished model to describe, or one of an earlier run to take back; a README.md that gguftool did not make
+    is left alone. Returns notes for a person.
     """
-    pages = {PAGE: render(report), MARKDOWN: report.markdown(), JSON: dumps(report)}
+    _write(folder / JSON, dumps(report))
+    _write(folder / PAGE, render(report))
+    _write(folder / MARKDOWN, report.markdown())
     notes = []
     card = folder / CARD
     described = report.status.done and "card" in report.facts and report.main is not None
     if described or card.is_file():
         if not card.exists() or _is_ours(card):
-            pages[CARD] = model_card(report)
+            _write(card, model_card(report))
         elif described:
             notes.append(f"{card} was not made by gguftool and stays as it is; move it to have the model card")
-    for name, text in pages.items():
-        # Names of files may hold bytes that are no text.
-        write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
     return notes
+
+
+def _write(path: Path, text: str) -> None:
+    """Names of files in the text may hold bytes that are none."""
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _is_ours(card: Path) -> bool:

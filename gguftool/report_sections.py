@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,13 @@ def tiles(report: Report) -> str:
     for name in report.base:
         value = row.texts[name]
         kld = value["kld"]
-        ratio = 100 * (np.exp(value["ln_ppl_ratio"]) - 1)
+        with np.errstate(over="ignore"):  # inf is the right word for it
+            ratio = 100 * (np.exp(value["ln_ppl_ratio"]) - 1)
         found.append((f"KL divergence, {name}", f"{kld['mean']:.4f}", f"± {kld['err']:.4f} nats"))
         found.append(
             (f"perplexity, {name}", f"{ratio:+.2f} %", f"{value['base']['ppl']:.3f} → {value['pruned']['ppl']:.3f}")
         )
         found.append((f"same top token, {name}", f"{100 * value['same_top']:.1f} %", f"of {value['tokens']:,} tokens"))
-    found = found[:7]
     by_label = {model["label"]: model for model in report.facts.get("speed", {}).get("models", ())}
     base, mine = by_label.get("original"), by_label.get(row.label)
     if base and mine:
@@ -99,9 +100,11 @@ def size_against_quality(report: Report) -> str:
         for kind, word in words.items() if kind in kinds
     )  # fmt: skip
     drawn = [figure(name, charts.size_quality(report, name)) for name in names]
+    left = [row.label for row in report.rows if not all(isfinite(text["kld"]["mean"]) for text in row.texts.values())]
+    more = f" A divergence that is not finite has no place here: {escape(', '.join(left))}." if left else ""
     return (
         '<p class="note">Down and to the left is better. Numbers are those of the table below; the dotted line joins the files '
-        "that no other one beats in both, bars are one standard error.</p>"
+        f"that no other one beats in both, bars are one standard error.{more}</p>"
         f'<ul class="legend">{legend}</ul>{panels(drawn)}'
     )
 
@@ -184,7 +187,7 @@ def speed(report: Report) -> str:
     if "error" in facts:
         return f"<p>Not measured: {escape(facts['error'])}</p>"
     models = facts["models"]
-    skipped = "".join(f"<li>{escape(s['label'])} was not run: {escape(s['why'])}</li>" for s in facts["skipped"])
+    skipped = "".join(f"<li>{escape(line)}</li>" for line in report.untried)
     listed = f'<ul class="plain">{skipped}</ul>' if skipped else ""
     if not models:
         return listed
@@ -236,33 +239,43 @@ def completions(report: Report) -> str:
     facts = report.facts.get("completions")
     if not facts:
         return ""
-    cards = []
+    cards, compared = [], True
     for prompt in facts["prompts"]:
+        original = next((answer["text"] for answer in prompt["answers"] if answer["label"] == "original"), None)
+        compared = compared and original is not None
         answers = "".join(
-            f'<div><h3>{escape(answer["label"])}</h3><p class="note">{escape(_agreement(answer))}</p>'
-            f"<pre>{_answer(answer['text'], prompt['answers'][0]['text'])}</pre></div>"
+            f'<div><h3>{escape(answer["label"])}</h3><p class="note">{escape(_agreement(answer, original))}</p>'
+            f"<pre>{_answer(answer['text'], original)}</pre></div>"
             for answer in prompt["answers"]
         )
+        left_out = prompt.get("left_out", 0)
+        cut = f'<p class="note">Too long here: the first {left_out:,} tokens were left out.</p>' if left_out else ""
         cards.append(
             f'<div class="card"><h3>{escape(prompt["name"])}</h3><pre class="prompt">{escape(prompt["prompt"])}</pre>'
-            f'<div class="answers">{answers}</div></div>'
+            f'{cut}<div class="answers">{answers}</div></div>'
         )
+    marked = (
+        "Marked is what is the same as the original's from the start. One changed token changes all that follows, so this shows"
+        if compared
+        else "The original was not run, so nothing is marked. This shows"
+    )
     words = (
-        f"The likeliest token each time, {facts['n_tokens']} at most; prompts are {facts['how']}. Marked is what is the same as "
-        "the original's from the start. One changed token changes all that follows, so this shows what models are like, not how "
-        "good they are."
+        f"The likeliest token each time, {facts['n_tokens']} at most; prompts are {facts['how']}. {marked} what models are "
+        "like, not how good they are."
     )
     return f'<p class="note">{escape(words)}</p>{"".join(cards)}'
 
 
-def _agreement(answer: dict[str, Any]) -> str:
+def _agreement(answer: dict[str, Any], original: str | None) -> str:
     ended = {"end": ", ended by itself", "time": ", stopped when its time was over"}.get(answer["stopped"], "")
-    if answer["label"] == "original":
+    if answer["label"] == "original" or original is None:
         return f"{answer['tokens']} tokens{ended}"
     return f"{answer['tokens']} tokens{ended}; the first {answer['same']} as the original's"
 
 
-def _answer(text: str, original: str) -> str:
+def _answer(text: str, original: str | None) -> str:
+    if original is None:
+        return escape(text)
     same = next(
         (i for i, (a, b) in enumerate(zip(text, original, strict=False)) if a != b), min(len(text), len(original))
     )

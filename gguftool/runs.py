@@ -46,20 +46,22 @@ def carry_out(recipe: RunRecipe, out: Path, ears: Ears = Ears(), extras: Extras 
 
     The report has `failures` where something came of it that cannot be right.
 
-    Raises GgufToolError for a recipe that lacks what a run needs, and as `pipeline.compress` does.
+    Raises GgufToolError for a recipe that lacks what a run needs, and for all that a step of it refuses or that cannot be
+    written.
     """
     if not recipe.eval:
         raise GgufToolError("compress needs a text to judge the result by: --eval FILE")
     ask, job, pruning = ask_of(recipe), job_of(recipe, ears), recipe.pruning
     for line in changed_inputs(recipe):
         ears.say(f"note: {line}")
-    with Journal(out, job.model.name) as journal:
+    with Journal(out, job.model.name, ears.say) as journal:
         found = None
         if ask is None:
             made = produce(job, out, pruning, ears.say, refit=recipe.refit or "", journal=journal)
         else:
             made, found = produce_fitting(job, out, ask, ears.say, journal)
             recipe = replace(recipe, fit_ctx=ask.ctx)
+        # Before verified.json, without which `verify` trusts no recipe: what it finds beside that file is this run's.
         save(replace(recipe, made=what_it_met(recipe, job, made, found)), out / NAME, HEAD)
         return assess(job, made, journal, extras)
 
@@ -128,7 +130,10 @@ def job_of(recipe: RunRecipe, ears: Ears) -> Job:
 
 
 def ask_of(recipe: RunRecipe) -> Ask | None:
-    """What the recipe asks of `fit`; None where it names a ratio. Raises GgufToolError for a budget that is no size."""
+    """What the recipe asks of `fit`, in the words of `compress`; None where it names a ratio.
+
+    Raises GgufToolError for a budget that is no size.
+    """
     if recipe.fit is None:
         return None
     try:
@@ -136,7 +141,10 @@ def ask_of(recipe: RunRecipe) -> Ask | None:
     except GgufToolError as error:
         raise GgufToolError(f"the budget: {error}") from error
     targets = (recipe.quant,) if recipe.quant else TARGETS
-    return Ask(budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "")
+    return Ask(
+        budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "",
+        budget_option="--fit", ctx_option="--fit-ctx",
+    )  # fmt: skip
 
 
 def fingerprint_of(recipe: RunRecipe) -> str:

@@ -39,7 +39,7 @@ from .obs import RIDGE
 from .overrides import Key, Origin, Overrides
 from .plan import LayerPlan, Neurons, PrunePlan
 from .recorders import recording, run_experts
-from .refit import can_refit, solve
+from .refit import check_plan, solve
 from .routes import CHUNK, Routes, RoutesFile, mapped
 from .stats import Domain
 from .workdir import WorkDir
@@ -68,14 +68,7 @@ def refit_sequentially(
     Raises:
         GgufToolError: the plan is for another checkpoint, drops experts from the router, or there is nothing to refit.
     """
-    if plan.model_fingerprint != checkpoint.fingerprint:
-        raise GgufToolError(f"the plan was made for {plan.model_name}, not for the checkpoint {checkpoint.name}")
-    if any(len(layer.router) < plan.n_expert for layer in plan.layers):
-        raise GgufToolError(
-            "the plan drops experts from the router, and a sequential refit needs the original's routes; refit it plainly"
-        )
-    if not can_refit(checkpoint, plan):
-        raise GgufToolError("the plan narrows no expert: there is nothing to refit")
+    check_plan(checkpoint, plan, sequential=True)
     usable_device(device, solves=True)
     batch = DEFAULT_BATCH
     if how is not None:

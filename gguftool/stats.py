@@ -4,6 +4,8 @@ Sums and counts are kept in float64 and divided on read. On disk: one safetensor
 
 Symbols (see `saliency`): token t, expert e, x_t the input of the MoE block, g_e(t) the router weight really multiplied in,
 h_t the neurons act(gate)*up, W the down projection, f_e(t) = W h_t the ungated output, p_k = h_k <W_:k, f>/||f||.
+Where experts have a bias b behind W (gpt-oss), f is the output that the model weights, W h_t + b, in all of these sums, p_k
+among them: b goes with an expert and stays with its neurons. The papers write of experts without one.
 D domains (one per --data), L MoE layers, E experts, K neurons of an expert, d the width of the residual stream.
 """
 

@@ -1,7 +1,8 @@
 """Drawing as text: scales, axes and shapes of inline SVG. Pure; whatever comes from outside is escaped here.
 
 Charts are drawn 340 units wide, about a phone's width, so that their letters stay readable there; colours are classes, which
-the page's style sheet gives for light and for dark.
+the page's style sheet gives for light and for dark. A value that is not finite stretches no scale and has no place on one: who
+draws leaves its mark out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log10
+from math import ceil, floor, isfinite, log10
 
 WIDTH = 340
 # Control characters and halves of pairs have no place in a page.
@@ -38,7 +39,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of a value; beyond the ends that of the end."""
+        """The place of a value; beyond the ends that of the end, of nan that of the start."""
         low, high, value = (log10(v) for v in (self.low, self.high, max(value, 1e-300))) if self.log else (
             self.low, self.high, value,
         )  # fmt: skip
@@ -46,7 +47,10 @@ class Scale:
         return self.start + share * (self.stop - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Round values inside, about `most` of them; of a logarithmic scale powers of ten, with 2 and 5 where there is room."""
+        """Round values inside, about `most` of them; of a logarithmic scale powers of ten, with 2 and 5 where there is room.
+        None of a scale without finite ends."""
+        if not (isfinite(self.low) and isfinite(self.high)):
+            return []
         if not self.log:
             return _round_ticks(self.low, self.high, most)
         for steps in ((1, 2, 5), (1, 3), (1,)):
@@ -68,8 +72,9 @@ def _round_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def padded(values: Sequence[float], share: float = 0.08, *, log: bool = False) -> tuple[float, float]:
-    """The range of the values with some room at both ends. Of a logarithmic scale values above 0 count."""
-    values = [value for value in values if value > 0] if log else list(values)
+    """The range of the values with some room at both ends. Finite ones count, of a logarithmic scale those above 0."""
+    # With the room beside it a larger one might not be finite any more.
+    values = [value for value in values if abs(value) < 1e300 and (value > 0 or not log)]
     if not values:
         return (1e-6, 1.0) if log else (0.0, 1.0)
     low, high = min(values), max(values)
@@ -81,7 +86,9 @@ def padded(values: Sequence[float], share: float = 0.08, *, log: bool = False) -
 
 
 def short(value: float) -> str:
-    """A value at an axis: four digits at most, powers of ten as such where they are far from 1."""
+    """A value at an axis: four digits at most, powers of ten as such where they are far from 1; nan and inf by these names."""
+    if not isfinite(value):
+        return str(float(value))
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e5:

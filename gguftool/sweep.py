@@ -98,7 +98,7 @@ def parse_targets(names: Sequence[str]) -> list[str | None]:
 
 def run(job: Job, out: Path, grid: Grid, say: Say) -> SweepReport:
     """The whole sweep. `job.evaluation` is not looked at: the grid has the texts. Writes sweep.json and sweep.md."""
-    job = replace(job, evaluation=[path for paths in grid.groups.values() for path in paths], seed=0)
+    job = replace(job, evaluation=_texts(grid), seed=0)
     check(job, grid)
     work = Workspace(out, say)
     store = Store(out / "rows")
@@ -137,6 +137,11 @@ def check(job: Job, grid: Grid) -> None:
         variant.check(make_plan(blank, variant.recipe(ratio, target, 0)), blank.model.norm_topk)
     if grid.seeds > 1:
         load_domains(job.calibration, checkpoint.tokenizer(), job.n_ctx, job.windows, seed=1)
+
+
+def _texts(grid: Grid) -> list[Path]:
+    """All texts, each once: one may stand in several groups."""
+    return list(dict.fromkeys(path for paths in grid.groups.values() for path in paths))
 
 
 def _combinations(grid: Grid) -> list[tuple[Variant, float, str | None]]:
@@ -195,8 +200,14 @@ class _Bench:
         The unpruned model comes last, each of its types alone, and only for the first seed.
         """
         seed, grid = self.job.seed, self.grid
+        # The base's own type by its name is the same file as without a target.
+        targets = [
+            target
+            for target in grid.targets
+            if target is None or None not in grid.targets or not self.source.has_encoding(target)
+        ]
         cells = [
-            [self._pruned(variant, ratio, target, base_type) for target in grid.targets]
+            [self._pruned(variant, ratio, target, base_type) for target in targets]
             for variant in grid.variants
             for ratio in grid.ratios
         ]
@@ -221,6 +232,10 @@ class _Bench:
         """The groups that a candidate was not measured on yet."""
         return [group for group in self.grid.groups if self.store.load(self._row_key(candidate, group)) is None]
 
+    def is_done(self, candidate: Candidate) -> bool:
+        """Whether it was measured on every group, and its file is there where files are to be kept."""
+        return not self.missing(candidate) and (not self.grid.keep_files or self._kept(candidate).exists())
+
     def run_facts(self, candidate: Candidate) -> dict[str, Any]:
         """What a row keeps of one seed; everything must have been measured."""
         groups = {group: self.store.load(self._row_key(candidate, group)) for group in self.grid.groups}
@@ -232,22 +247,23 @@ class _Bench:
 
     def measure(self, cells: Sequence[Sequence[Candidate]]) -> None:
         """Makes and measures what is missing, in batches of whole cells."""
-        todo = [[candidate for candidate in cell if self.missing(candidate)] for cell in cells]
+        todo = [[candidate for candidate in cell if not self.is_done(candidate)] for cell in cells]
         total, done = sum(len(cell) for cell in cells), sum(len(cell) for cell in cells) - sum(map(len, todo))
         seed = f"seed {self.job.seed}: " if self.grid.seeds > 1 else ""
-        self.say(f"{seed}{done} of {total} models are measured already")
+        kept = " and kept" if self.grid.keep_files else ""
+        self.say(f"{seed}{done} of {total} models are measured{kept} already")
         self._clear_scratch([candidate for cell in todo for candidate in cell])
         batch: list[tuple[Candidate, Path]] = []
         for cell in filter(None, todo):
             if batch and (len(batch) + len(cell) > BATCH or self._is_disk_short(len(cell))):
                 self._measure_batch(batch)
                 done += len(batch)
-                self.say(f"{seed}{done} of {total} models are measured")
+                self.say(f"{seed}{done} of {total} models are measured{kept}")
                 batch = []
             batch += self._build(cell)
         if batch:
             self._measure_batch(batch)
-            self.say(f"{seed}{done + len(batch)} of {total} models are measured")
+            self.say(f"{seed}{done + len(batch)} of {total} models are measured{kept}")
 
     def _is_disk_short(self, n_files: int) -> bool:
         """Whether a further cell may not fit: its files, its pruned file and refit, each at most as large as the base."""
@@ -331,9 +347,17 @@ class _Bench:
 def _report(job: Job, grid: Grid, source: Prepared, runs: Mapping[Name, Sequence[dict[str, Any]]]) -> SweepReport:
     rows = [SweepRow(name, found) for name, found in runs.items()]
     groups = rows[0].runs[0]["groups"]
-    base = {
-        name: {**facts["base"], "tokens": facts["tokens"], "texts": facts["texts"]} for name, facts in groups.items()
+    names = [path.name for path in _texts(grid)]
+
+    def called(path: Path) -> str:
+        return path.name if names.count(path.name) == 1 else str(path)
+
+    # What was measured earlier has the names that files of the same bytes had then.
+    texts = {
+        name: [{**text, "name": called(path)} for path, text in zip(grid.groups[name], facts["texts"], strict=True)]
+        for name, facts in groups.items()
     }
+    base = {name: {**facts["base"], "tokens": facts["tokens"], "texts": texts[name]} for name, facts in groups.items()}
     windows = "; ".join(
         f"{name}: {sum(text['windows'] for text in facts['texts'])} windows, {facts['tokens']} tokens"
         for name, facts in base.items()

@@ -41,12 +41,16 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self.out = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
-        self.err = Console(stderr=True, quiet=quiet)
+        # Names, paths and recipes are printed as they are: neither [en] nor :key: in them means anything. Where a table wants a
+        # style, it takes Text.
+        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+        is_screen = sys.stdout.isatty()
+        self.out = Console(soft_wrap=not is_screen, width=None if is_screen else 160, **plain)
+        self.err = Console(stderr=True, quiet=quiet, **plain)
 
     def say(self, text: str) -> None:
         """A line of log, on stderr."""
-        self.err.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.err.print(text, soft_wrap=True)
 
     def show(self, value: dict[str, Any], *tables: Table | str) -> None:
         """The result, on stdout: `value` as JSON with --json, else the tables and lines."""
@@ -54,7 +58,8 @@ class Terminal:
             sys.stdout.write(json.dumps(value, indent=1) + "\n")
             return
         for table in tables:
-            self.out.print(table, highlight=False, markup=False) if isinstance(table, str) else self.out.print(table)
+            # A line is one line on any screen: a command that is broken into two cannot be pasted.
+            self.out.print(table, soft_wrap=True if isinstance(table, str) else None)
 
     @contextmanager
     def progress(self) -> Iterator[Update]:

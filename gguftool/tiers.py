@@ -54,17 +54,7 @@ def best_widths(curves: Array, grid: Ints, price: float, max_tiers: int) -> Ints
     """
     n_grid = len(grid)
     cost = price * grid[None, :] - curves
-    wish = cost.argmin(axis=1)
-    members = [np.nonzero(wish > i)[0] for i in range(n_grid)]
-    # between[i][j]: cost of the experts whose wish lies in (i, j] where i and j are neighbours in the chosen set.
-    between = np.full((n_grid, n_grid), np.inf)
-    for i in range(n_grid):
-        mine = members[i]
-        for j in range(i + 1, n_grid):
-            inside = mine[wish[mine] <= j]
-            between[i, j] = np.minimum(cost[inside, i], cost[inside, j]).sum()
-    above = np.array([cost[members[i], i].sum() for i in range(n_grid)])
-    at_zero = float(cost[wish == 0, 0].sum())
+    between, above, at_zero = _segments(cost)
     best = np.full((max_tiers + 1, n_grid), np.inf)
     came = np.zeros((max_tiers + 1, n_grid), dtype=np.int64)
     best[0, 0] = at_zero
@@ -80,6 +70,36 @@ def best_widths(curves: Array, grid: Ints, price: float, max_tiers: int) -> Ints
         chosen.append(last)
     allowed = np.array(sorted(set(chosen) | {0}))
     return allowed[cost[:, allowed].argmin(axis=1)].astype(np.int64)
+
+
+def _segments(cost: Array) -> tuple[Array, Array, float]:
+    """What experts cost by where the width that they wish for lies, the cheapest of their `cost` [E, G].
+
+    Returns:
+        between [G, G]: of those that wish for more than grid[i] and at most grid[j], when i and j are neighbours in the
+        chosen set; infinite where j <= i. above [G]: of those that wish for more than grid[i], when they get i. And of
+        those that wish for nothing.
+    """
+    n_expert, n_grid = cost.shape
+    wish = cost.argmin(axis=1)
+    # In the order of their wishes those of a segment are neighbours, and running sums give every segment's at once.
+    order = np.argsort(wish, kind="stable")
+    ordered = cost[order]
+    first = np.searchsorted(wish[order], np.arange(n_grid), side="right")  # of those that wish for more than i
+    between = np.full((n_grid, n_grid), np.inf)
+    for i in range(n_grid - 1):
+        rest = ordered[first[i] :]
+        sums = np.cumsum(np.minimum(rest[:, i : i + 1], rest[:, i + 1 :]), axis=0)
+        between[i, i + 1 :] = _up_to(sums, first[i + 1 :] - first[i])
+    above = _up_to(np.cumsum(ordered[::-1], axis=0), n_expert - first)
+    return between, above, float(ordered[: first[0], 0].sum())
+
+
+def _up_to(sums: Array, counts: Ints) -> Array:
+    """Of running sums [E, G] those over the first counts[g] rows of column g: [G]."""
+    if not len(sums):
+        return np.zeros(len(counts))
+    return np.where(counts > 0, sums[counts - 1, np.arange(len(counts))], 0.0)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ Sections of `Report.facts`:
                  rounds, in_turns, prompt_tokens, generated_tokens, threads, backend; skipped: [{label, why}]
     routing      tokens, texts, label (of the pruned model), layers: [{layer, original [E], pruned [E]}]: shares of the tokens
                  by the expert's id in the original model
-    completions  how, n_tokens, prompts: [{name, prompt, answers: [{label, text, same, tokens, stopped}]}]; `same` counts the
-                 tokens up to the first one that is not the original's
+    completions  how, n_tokens, prompts: [{name, prompt, left_out, answers: [{label, text, same, tokens, stopped}]}]; `same`
+                 counts the tokens up to the first one that is not the original's, None where the original was not run;
+                 `left_out` those at the prompt's start that the context had no room for
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def trial(
     }  # fmt: skip
     sections: dict[str, Any] = {"speed": speed}
     if fitting and prompts:
-        sections["completions"] = _completions(fitting, prompts, found, effort)
+        original = models[0] if models[0] in fitting else None
+        sections["completions"] = _completions(original, fitting, prompts, found, effort)
     pruned = next((model for model in fitting if model.plan is not None), None)
     if texts and pruned is not None and models[0] in fitting:
         sections["routing"] = _routing(models[0], pruned, texts, found)
@@ -176,19 +178,22 @@ def _speeds(workers: Mapping[str, Worker], effort: Effort, progress: Progress | 
 
 
 def _completions(
-    models: Sequence[Tried], prompts: Sequence[Prompt], found: Mapping[str, Any], effort: Effort
-) -> dict[str, Any]:
+    original: Tried | None, models: Sequence[Tried], prompts: Sequence[Prompt], found: Mapping[str, Any], effort: Effort
+) -> dict[str, Any]:  # fmt: skip
+    """What `models` write, held against what the original does, where that was run."""
     rows = []
     for index, prompt in enumerate(prompts):
-        first = found[models[0].label]["answers"][index]["tokens"]
+        first = None if original is None else found[original.label]["answers"][index]["tokens"]
         answers = []
         for model in models:
             answer = found[model.label]["answers"][index]
             answers.append({
                 "label": model.label, "text": answer["text"], "stopped": answer["stopped"],
-                "tokens": len(answer["tokens"]), "same": same_start(first, answer["tokens"]),
+                "tokens": len(answer["tokens"]),
+                "same": None if first is None else same_start(first, answer["tokens"]),
             })  # fmt: skip
-        rows.append({"name": prompt.name, "prompt": prompt.shown, "answers": answers})
+        left_out = found[models[0].label]["answers"][index]["left_out"]
+        rows.append({"name": prompt.name, "prompt": prompt.shown, "left_out": left_out, "answers": answers})
     how = "as a user's message, through the model's chat template" if prompts[0].special else "continued as plain text"
     return {"how": how, "n_tokens": effort.complete, "prompts": rows}
 

@@ -17,6 +17,18 @@ from numpy.typing import NDArray
 from .bench_worker import UBATCH, Session, serve
 
 
+def fitted(tokens: NDArray[np.int32], room: int, keep: int) -> tuple[NDArray[np.int32], int]:
+    """At most `room` of the tokens, and how many were left out.
+
+    A model goes on from the end of a prompt, which with a chat template is the turn that it has to take: what is too much goes
+    in front, but for the first `keep` tokens (that of the beginning).
+    """
+    if len(tokens) <= room:
+        return tokens, 0
+    left_out = len(tokens) - room
+    return np.concatenate([tokens[:keep], tokens[keep + left_out :]]), left_out
+
+
 class TrialSession(Session):
     """A loaded model that is timed, watched, and let talk."""
 
@@ -39,10 +51,11 @@ class TrialSession(Session):
 
     def _complete(self, text: str, n: int, special: bool, seconds: float) -> dict[str, Any]:
         """The likeliest token again and again, until n are there, the model ends or the time is over."""
-        tokens = self._tokens(text, special)[: UBATCH - n]
+        vocab = self.llama.llama_model_get_vocab(self.model)
+        keep = int(self.llama.llama_vocab_get_add_bos(vocab))
+        tokens, left_out = fitted(self._tokens(text, special), UBATCH - n, keep)
         self._forget()
         self._decode(tokens, 0, every=False)
-        vocab = self.llama.llama_model_get_vocab(self.model)
         found: list[int] = []
         start, stopped = time.perf_counter(), "length"
         while len(found) < n:
@@ -56,8 +69,8 @@ class TrialSession(Session):
                 break
             if len(found) < n:
                 self._decode(np.array([token], dtype=np.int32), len(tokens) + len(found) - 1, every=False)
-        pieces = [self._piece(vocab, token) for token in found]
-        return {"tokens": found, "text": b"".join(pieces).decode("utf-8", "replace"), "stopped": stopped}
+        written = b"".join(self._piece(vocab, token) for token in found).decode("utf-8", "replace")
+        return {"tokens": found, "text": written, "stopped": stopped, "left_out": left_out}
 
     def _routes(self, text: str, n: int, special: bool) -> dict[str, Any]:
         """How often each row of each router was chosen on the first n tokens, in windows of UBATCH."""

@@ -35,7 +35,7 @@ class Variant:
         """Raises GgufToolError where the plan leaves a refit nothing to do: it drops whole experts only, and the weights of
         the others add up to 1 all the same (`norm_topk`)."""
         whole = all(width == plan.n_ff_exp for layer in plan.layers for width in layer.widths)
-        if not self.refit or not whole or all(len(layer.router) == plan.n_expert for layer in plan.layers):
+        if not self.refit or not whole or not plan.drops_experts:
             return
         if self.method == "dern":
             raise GgufToolError(

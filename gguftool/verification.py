@@ -1,6 +1,7 @@
 """Whether what was written is what was meant: files reopened and hashed, measurements held against what can be right.
 
-`verified.json` beside the outputs keeps the sha256 of every file that a run made, and what was found wrong.
+`verified.json` beside the outputs keeps the sha256 of every file that a run made, and what was found wrong. It is written
+behind all else that it speaks of, recipe.toml among that, and the next run in that folder takes it away when it begins.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress
 from .inspection import check, inspect
 from .prediction import bound
+from .report_files import load as load_report
 
 NAME = "verified.json"
 FORMAT = "gguftool.verified"
@@ -42,12 +44,15 @@ class Verified:
 
     @classmethod
     def load(cls, folder: Path) -> Verified:
-        """Reads it. Raises GgufToolError where it is missing, damaged or something else."""
+        """Reads it. Raises GgufToolError where it is missing, with how the run stands that has not left one yet, or where
+        it is damaged or something else."""
         path = folder / NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise GgufToolError(f"{path}: no such record of a run; `gguftool compress` leaves one") from error
+            found = unended(folder)
+            why = f"that in this folder has not come to its end: {found}" if found else "`gguftool compress` leaves one"
+            raise GgufToolError(f"{path}: no such record of a run; {why}") from error
         except (OSError, ValueError) as error:
             raise GgufToolError(f"{path}: no record of a run ({error}); `gguftool compress` leaves one") from error
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
@@ -56,6 +61,19 @@ class Verified:
         if not isinstance(files, dict) or not isinstance(failures, list):
             raise GgufToolError(f"{path}: damaged; run `gguftool compress` again")
         return cls({str(name): str(sha) for name, sha in files.items()}, tuple(map(str, failures)))
+
+
+def unended(folder: Path) -> str:
+    """How the run in `folder` stands, in a sentence, where its report says that it is not done; else nothing."""
+    try:
+        return str(load_report(folder).status)
+    except GgufToolError:  # files may have been taken elsewhere without their report: the record alone speaks then
+        return ""
+
+
+def not_done(folder: Path, was: Verified) -> list[str]:
+    """Why the run that `was` records is not done, a line each: what was found wrong, or where it was stopped behind that."""
+    return list(was.failures) or [line for line in [unended(folder)] if line]
 
 
 def check_sound(path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from .durable import SAVED, held, is_saved, replacing, write_text
+from .durable import SAVED, held, is_saved, replacing, stated, write_text
 from .errors import GgufToolError
 
 # Rises where what a layer leaves behind changes.
@@ -191,6 +191,26 @@ class WorkDir:
 
     def _hidden(self, layer: int) -> Path:
         return self.path / f"hidden-{layer:03}.bin"
+
+
+@contextmanager
+def own_work_dir(out: Path) -> Iterator[Path]:
+    """Gives the work directory of the run that makes `out`, which is this process' alone while the block runs.
+
+    Two runs on one output would take each other's state for their own, or clear it. Raises GgufToolError, with the number of
+    the process, where another one has it, and where nothing can be written there.
+    """
+    work_dir = work_dir_of(out)
+    with ExitStack() as stack:
+        with stated(work_dir):
+            stack.enter_context(held(work_dir))
+            clear_leftovers(work_dir, out)
+        yield work_dir
+
+
+def work_dir_of(out: Path) -> Path:
+    """Where the state of the run that makes `out` lies meanwhile."""
+    return out.with_name(out.name + ".work")
 
 
 def clear_leftovers(work_dir: Path, out: Path) -> None:

@@ -23,7 +23,15 @@ Say = Callable[[str], None]
 # check), "measured" (text, models: pairs of a label and `Comparison.as_dict()`).
 Watch = Callable[[str, Mapping[str, Any]], None]
 BEING_MADE = "being made"
+LOCK, STATE = ".lock", "state.json"
 T = TypeVar("T")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a run may take `folder`: it is not there, or a run left its state in it, or was stopped before it had one."""
+    if not folder.exists() or (folder / STATE).is_file():
+        return True
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, f"{STATE}.partial"}
 
 
 @dataclass
@@ -47,14 +55,14 @@ class Workspace:
         if self.folder.is_file():
             raise GgufToolError(f"{self.folder}: a file, and -o names a folder for everything; choose another")
         if not self.dry:
-            lock = self.folder / ".lock"
+            lock = self.folder / LOCK
             with stated(lock):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 hold(lock, self.folder)
             # Steps follow each other, and what they make is read between them: the folder is this run's until the run ends.
             weakref.finalize(self, release, lock)
         try:
-            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
         self.state = {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
@@ -96,4 +104,4 @@ class Workspace:
 
     def _remember(self, name: str, key: str) -> None:
         self.state[name] = key
-        write_text(self.folder / "state.json", json.dumps(self.state, indent=1) + "\n")
+        write_text(self.folder / STATE, json.dumps(self.state, indent=1) + "\n")

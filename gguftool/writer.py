@@ -65,8 +65,7 @@ def prune(
         GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged, an override
             belongs to nothing in the plan, or something has to be quantized anew and cannot be.
     """
-    if not dry_run:
-        check_output(out, force, base)
+    check_output(out, force or dry_run, base)
     file = GgufFile(base)
     file.check_whole()
     kind = _layout_in(file, plan)
@@ -303,39 +302,46 @@ def _producer(file: GgufFile, pieces: dict[str, Piece], source: _Source) -> Call
         if piece.source is None:
             assert piece.layer is not None
             return cut.tier_map(piece.layer).view(np.uint8)
+        if piece.tier is not None:
+            return _stack(file, piece, source)
         raw = file.raw(piece.source)
         if piece.layer is None:
             return raw
-        if piece.tier is None:
-            # One row an expert, whether the tensor is the router's matrix or a vector of biases.
-            rows = raw.reshape(layout.n_entries(piece.source.ne), -1)[list(piece.layer.router)]
-            return rows.reshape(*reversed(spec.ne[1:]), -1)
-        return _stack(raw, piece, source)
+        # One row an expert, whether the tensor is the router's matrix or a vector of biases.
+        rows = raw.reshape(layout.n_entries(piece.source.ne), -1)[list(piece.layer.router)]
+        return rows.reshape(*reversed(spec.ne[1:]), -1)
 
     return produce
 
 
-def _stack(raw: Bytes, piece: Piece, source: _Source) -> Bytes:
-    """One tier's stack out of the whole stack [experts, rows, row bytes] (or [experts, row bytes] for biases)."""
-    assert piece.layer is not None and piece.tier is not None and piece.source is not None
+def _stack(file: GgufFile, piece: Piece, source: _Source) -> Bytes:
+    """One tier's stack [experts, rows, row bytes], or its biases [experts, row bytes]. Only its experts are read, in turn."""
+    assert piece.tier is not None
+    rows = piece.tier.rows
+    first = _expert(file, piece, rows[0], source)
+    stack = np.empty((len(rows), *first.shape), np.uint8)
+    stack[0] = first
+    for place, row in enumerate(rows[1:], start=1):
+        stack[place] = _expert(file, piece, row, source)
+    return stack
+
+
+def _expert(file: GgufFile, piece: Piece, row: int, source: _Source) -> Bytes:
+    """What a tier's stack holds of the expert in router row `row`."""
+    assert piece.layer is not None and piece.source is not None
     name = parse(piece.source.name)
     assert name is not None
-    parts, size = [], BLOCKS[piece.source.type][1]
-    for row in piece.tier.rows:
-        expert, neurons = piece.layer.router[row], piece.layer.retained[row]
-        one = raw[expert] if raw.ndim > 1 else raw.reshape(-1, size)[expert]
-        given = [source.given(piece, row, role) for role in _roles(name)] if name.suffix == "weight" else []
-        new = [rows for rows in given if rows is not None]
-        if new and len(new) == len(given):
-            # The base file's columns are not even cut: that could cost a quantizer that is not needed.
-            parts.append(np.concatenate(new))
-            continue
-        kept = source.kept(one, piece, name, neurons)
-        if new:
-            halves = zip(np.split(kept, len(given)), given, strict=True)
-            kept = np.concatenate([own if rows is None else rows for own, rows in halves])
-        parts.append(kept)
-    return np.stack(parts)
+    given = [source.given(piece, row, role) for role in _roles(name)] if name.suffix == "weight" else []
+    new = [rows for rows in given if rows is not None]
+    if new and len(new) == len(given):
+        # The base file's columns are not even read: to cut them could cost a quantizer that is not needed.
+        return np.concatenate(new)
+    one = file.expert(piece.source, piece.layer.router[row])
+    kept = source.kept(one, piece, name, piece.layer.retained[row])
+    if new:
+        halves = zip(np.split(kept, len(given)), given, strict=True)
+        kept = np.concatenate([own if rows is None else rows for own, rows in halves])
+    return kept
 
 
 def _roles(name: ExpertName) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -38,17 +39,22 @@ CALLS = {"write", "open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdi
 
 
 class Killer:
-    """Counts the calls of functions that touch files, and kills the process in front of or behind one of them."""
+    """Counts the calls of functions that touch files, and kills the process in front of or behind one of them: the one of
+    that number, or the one by which the file of that name gets it."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int | str) -> None:
         self.at, self.seen = at, 0
 
-    def __call__(self, _frame: object, event: str, arg: object) -> None:
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
         # Behind every other call: a write is then done, and what follows it is not.
         if event in ("c_call", "c_return") and getattr(arg, "__name__", "") in CALLS:
             self.seen += 1
-            if self.seen == self.at:
+            if self.seen == self.at or (arg is os.replace and self._names(frame)):
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    def _names(self, frame: FrameType) -> bool:
+        path = frame.f_locals.get("path")
+        return isinstance(path, Path) and path.name == self.at
 
 
 def domains() -> list[tuple[Domain, np.ndarray]]:
@@ -83,7 +89,7 @@ def work(checkpoint: object, what: str, folder: Path) -> None:
     made.save(out)
 
 
-def run(checkpoint: object, what: str, folder: Path, at: int, work: Work = work) -> int:
+def run(checkpoint: object, what: str, folder: Path, at: int | str, work: Work = work) -> int:
     """One run in a forked child: how many calls it made, or 0 where it was killed at call `at` (none for 0)."""
     folder.mkdir(parents=True, exist_ok=True)
     told, tell = os.pipe()

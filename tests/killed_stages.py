@@ -2,7 +2,8 @@
 
     python killed_stages.py INPUTS FOLDER WHAT...
 
-INPUTS holds model/, base.gguf, plan.json, tiered.gguf, calib.txt and eval.txt. Results lie in FOLDER/WHAT/.
+INPUTS holds model/, base.gguf, plan.json, tiered.gguf, run.toml, calib.txt and eval.txt. Results lie in FOLDER/WHAT/.
+compress is also killed right before what says what the folder holds gets its name.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from pathlib import Path
 from gguftool import runtime
 from gguftool.errors import GgufToolError
 from gguftool.expand import expand
-from gguftool.pipeline import compress
 from gguftool.plan import PrunePlan
-from gguftool.prepare import Job
 from gguftool.quantize import QuantizeTool, quantize
-from gguftool.recipe import Recipe
+from gguftool.recipe_file import load
+from gguftool.runs import carry_out
 from gguftool.writer import prune
 from killed import run
 
-MOMENTS = {"prune": 4, "expand": 4, "quantize": 4, "compress": 6}
+MOMENTS = {"prune": 4, "expand": 4, "quantize": 4, "compress": 4}
+NAMED = {"compress": ["recipe.toml", "verified.json"]}
 
 
 def stage(inputs: Path, what: str, out: Path) -> None:
@@ -38,11 +39,7 @@ def stage(inputs: Path, what: str, out: Path) -> None:
     elif what == "quantize":
         quantize(inputs / "base.gguf", "Q8_0", out, tools=QuantizeTool(found.tool("llama-quantize"), threads=1))
     else:
-        job = Job(
-            inputs / "model", [inputs / "calib.txt"], [inputs / "eval.txt"], found, runtime.load(found), lambda *_: None,
-            n_ctx=32, windows=4, eval_windows=2, pre_tokenizer="qwen2",
-        )  # fmt: skip
-        compress(job, out, Recipe("auto", 0.4, target="Q8_0", align=8), lambda _: None)
+        carry_out(load(inputs / "run.toml"), out)
 
 
 def work(inputs: object, what: str, folder: Path) -> None:
@@ -66,7 +63,8 @@ def main() -> None:
     for what in sys.argv[3:]:
         calls = run(inputs, what, root / what / "whole", 0, work)
         rng = random.Random(what)
-        moments = [rng.randrange(1, calls) for _ in range(MOMENTS[what] - 1)] + [calls - rng.randrange(1, 12)]
+        moments: list[int | str] = [rng.randrange(1, calls) for _ in range(MOMENTS[what] - 1)]
+        moments += [calls - rng.randrange(1, 12), *NAMED.get(what, [])]
         for at in moments:
             run(inputs, what, root / what / f"at-{at}", at, work)
             run(inputs, what, root / what / f"at-{at}", 0, work)

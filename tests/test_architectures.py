@@ -35,6 +35,7 @@ from gguftool.gguf_file import GgufFile
 from gguftool.gguf_model import open_gguf
 from gguftool.inspection import check, inspect
 from gguftool.inventory import gguf_tensors, model_facts
+from gguftool.memory import needs_of
 from gguftool.outline import Base
 from gguftool.overrides import Overrides
 from gguftool.pipeline import produce
@@ -104,6 +105,27 @@ def test_names_are_those_of_the_hub_and_all_of_them_have_a_place(name, checkpoin
         ours = stream.loader.model.lm_head(stream.finish(hidden)) / getattr(checkpoint.config, "logits_scaling", 1)
         theirs = loaded(checkpoint)(torch.from_numpy(WINDOWS[:2])).logits
     assert difference(ours.numpy(), theirs.numpy()) < 1e-4
+
+
+def largest_layer(checkpoint: Checkpoint) -> int:
+    """Weights of the largest decoder layer, as transformers has it in memory."""
+    layers = LayerStream(checkpoint).loader.model.get_submodule(checkpoint.architecture.layers)
+    return max(sum(value.numel() for value in layer.state_dict().values()) for layer in layers.children())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_layer_is_estimated_as_it_is_loaded(name, checkpoints):
+    checkpoint = open_checkpoint(checkpoints[name])
+    for kind in (torch.float32, torch.bfloat16):
+        assert needs_of(checkpoint, 1, 16, kind, 0, 1).layer == kind.itemsize * largest_layer(checkpoint)
+
+
+def test_a_layer_in_mxfp4_is_estimated_as_it_is_loaded(checkpoints, tmp_path):
+    """By hand, its experts: six of 3 x 64 x 64 weights, whose blocks have half as many bytes."""
+    checkpoint = open_checkpoint(in_mxfp4(checkpoints["gpt_oss"], tmp_path / "model"))
+    needs = needs_of(checkpoint, 1, 16, torch.float32, 0, 1)
+    assert needs.layer == 4 * largest_layer(checkpoint) > 4 * 6 * 3 * 64 * 64
+    assert needs == needs_of(open_checkpoint(checkpoints["gpt_oss"]), 1, 16, torch.float32, 0, 1)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -16,7 +16,7 @@ from docpages import ROOT, Command, Differs, Runner, blocks, pages, same, screen
 from gguftool import cut, demo
 from gguftool.cli import cli
 from gguftool.errors import GgufToolError
-from gguftool.methods import METHODS
+from gguftool.methods import METHODS, method
 from synthetic import make_plan
 
 DOCS = ROOT / "docs"
@@ -138,6 +138,18 @@ def test_every_method_has_a_page_that_plans_by_it():
         assert f"<!-- generated: method {name} -->" in text and f"<!-- generated: figures {name} -->" in text
         assert re.search(rf"^\$ gguftool plan .*--method {re.escape(name)} ", text, re.MULTILINE), name
     assert {path.stem for path in (DOCS / "methods").glob("*.md")} == {*METHODS, "index"}
+
+
+def test_the_readmes_table_of_methods_is_the_codes():
+    table = README.read_text(encoding="utf-8").partition("| name | what goes | by | source | layout |")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in table.partition("\n\n")[0].splitlines()[2:]]
+    told = {row[0].removeprefix("such as ").strip("`"): (row[3], row[4]) for row in rows}
+    words = {"gguftool": "ours", "control": ""}
+    code = {name: method(name.removesuffix("+refit")) for name in (*METHODS, "global+refit", "1,0,2")}
+    assert told == {
+        name: (words.get(one.source, one.source), "stock" if one.stock else "tiered") for name, one in code.items()
+    }
+    assert len(told) == len(rows)
 
 
 def test_options_of_a_method_are_found_by_trying():
@@ -314,6 +326,12 @@ def test_chat_lines_are_typed(tmp_path):
 
 
 # --- The model that the tutorial starts from ----------------------------------------------------------------------------
+
+
+def test_the_demo_has_as_many_methods_as_is_said():
+    count = {9: "nine", 10: "ten", 11: "eleven"}[len({*demo.METHODS, demo.SHOWN[0]})]
+    for text in (README.read_text(encoding="utf-8"), cli.commands["demo"].help):
+        assert f"the built-in model by {count} methods" in text
 
 
 def test_demo_unpack_writes_the_model_and_its_texts(tmp_path):

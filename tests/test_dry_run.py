@@ -5,36 +5,59 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gguftool import builtin
 from gguftool.cli import cli
 from gguftool.errors import GgufToolError
 from gguftool.expand import expand
 from gguftool.gguf_file import GgufFile
+from gguftool.gguf_model import open_gguf
 from gguftool.overrides import Overrides
 from gguftool.planner import make_plan
 from gguftool.quantize import QuantizeTool, quantize
 from gguftool.recipe import Recipe
+from gguftool.stats import CalibrationStats
 from gguftool.writer import prune
+from models import sample_text, tiny_checkpoint
 
 
 @pytest.fixture
 def ask(capsys):
     def run(*arguments):
+        capsys.readouterr()  # what a real run may have said before
         cli.main([*map(str, arguments), "--dry-run", "--json"], standalone_mode=False)
         return json.loads(capsys.readouterr().out)
 
     return run
 
 
+@pytest.fixture
+def refused(tmp_path):
+    """A command that is refused for what `words` say, with --dry-run as without, and leaves nothing behind."""
+
+    def check(words, *arguments):
+        for dry in (["--dry-run"], []):
+            with pytest.raises(GgufToolError, match=words):
+                cli.main([*map(str, arguments), *dry, "--quiet"], standalone_mode=False)
+            assert not list(tmp_path.iterdir())
+
+    return check
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, stats, base_gguf, runtime):
-    """A plan, its stats and its tiered file."""
+    """A plan, its stats and its tiered file; further plans, of the GGUF too."""
     folder = tmp_path_factory.mktemp("dry")
     stats.save(folder / "stats.safetensors")
     plan = make_plan(stats, Recipe("global", 0.4))
     plan.save(folder / "plan.json")
     prune(base_gguf, plan, folder / "pruned.gguf", ggml=runtime.ggml)
+    make_plan(stats, Recipe("global", 0.0)).save(folder / "all.json")
+    make_plan(stats, Recipe("reap", 0.25)).save(folder / "drop.json")
+    blank = CalibrationStats.blank(open_gguf(base_gguf).facts())
+    make_plan(blank, Recipe("auto", 0.4)).save(folder / "gguf.json")
+    make_plan(blank, Recipe("reap", 0.25)).save(folder / "gguf-drop.json")
     return folder
 
 
@@ -64,11 +87,28 @@ def test_expand(ask, files, tmp_path):
 
 
 def test_convert(ask, checkpoint_dir, base_gguf, tmp_path):
-    said = ask("convert", checkpoint_dir, "-o", tmp_path / "base.gguf")
+    said = ask("convert", checkpoint_dir, "--pre-tokenizer", "qwen2", "-o", tmp_path / "base.gguf")
     assert not list(tmp_path.iterdir())
     assert sorted((one["name"], one["type"]) for one in said["tensors"]) == sorted(tensors(base_gguf))
     with pytest.raises(GgufToolError, match="--outtype f16"):
         ask("convert", checkpoint_dir, "--outtype", "f16", "-o", tmp_path / "base.gguf")
+
+
+def test_convert_is_refused_for_a_pre_tokenizer_that_is_missing_or_unknown(refused, checkpoint_dir, tmp_path, runtime):
+    convert = ("convert", checkpoint_dir, "-o", tmp_path / "base.gguf")
+    refused("does not know this vocabulary's pre-tokenizer", *convert)
+    refused("knows no pre-tokenizer 'qwen22'; near are qwen2", *convert, "--pre-tokenizer", "qwen22")
+
+
+def test_an_output_that_is_an_input_is_refused(ask, files, base_gguf):
+    pruned = files / "pruned.gguf"
+    for command in (
+        ("quantize", pruned, "Q8_0", "-o", pruned),
+        ("expand", pruned, "-o", pruned),
+        ("prune", base_gguf, "--plan", files / "plan.json", "-o", base_gguf),
+    ):
+        with pytest.raises(GgufToolError, match="is an input"):
+            ask(*command)
 
 
 def test_calibrate(ask, checkpoint_dir, base_gguf, files, tmp_path, llama):
@@ -90,10 +130,61 @@ def test_refit(ask, checkpoint_dir, base_gguf, files, tmp_path):
     arguments = ("refit", checkpoint_dir, "--plan", files / "plan.json", "--data", text, "--windows", 1, "-o")
     said = ask(*arguments, tmp_path / "w.safetensors")
     assert said["how"].startswith("plain: float32") and not list(tmp_path.iterdir())
-    assert ask("refit", base_gguf, *arguments[2:], tmp_path / "w.safetensors")["experts"] == said["experts"]
+    own = ask("refit", base_gguf, "--plan", files / "gguf.json", *arguments[4:], tmp_path / "w.safetensors")
+    assert own["how"] == "plain, by llama.cpp on the CPU" and own["experts"] > 0
     cli.main([*map(str, arguments), str(tmp_path / "w.safetensors"), "--quiet"], standalone_mode=False)
     assert len(Overrides.load(tmp_path / "w.safetensors")) == said["experts"]
     assert said["bytes"] < (tmp_path / "w.safetensors").stat().st_size < said["bytes"] + 100_000
+    # One after the other all experts are fitted, the whole ones too.
+    arguments = (*arguments, tmp_path / "s.safetensors", "--how", "sequential")
+    said = ask(*arguments)
+    cli.main([*map(str, arguments), "--quiet"], standalone_mode=False)
+    assert len(Overrides.load(tmp_path / "s.safetensors")) == said["experts"]
+    assert said["bytes"] < (tmp_path / "s.safetensors").stat().st_size < said["bytes"] + 100_000
+
+
+def test_calibrate_is_refused_as_the_run_is(refused, checkpoint_dir, base_gguf, tmp_path, llama):
+    text = builtin.texts()["calib_code"]
+    rest = ("--data", text, "--windows", 1, "-o", tmp_path / "s.safetensors")
+    for model in (checkpoint_dir, base_gguf):
+        refused("a context of 1025 tokens is more than the model's 1024", "calibrate", model, *rest, "--ctx", 1025)
+        refused("--part '3/2': it takes I/N", "calibrate", model, *rest, "--part", "3/2")
+    refused("at least", "calibrate", checkpoint_dir, *rest, "--memory", "1MiB")
+    refused("second moments of one layer take", "calibrate", base_gguf, *rest, "--memory", "100KiB")
+    refused("in its own types", "calibrate", base_gguf, *rest, "--dtype", "bfloat16")
+    refused("on the CPU; leave it out", "calibrate", base_gguf, *rest, "--device", "cuda")
+
+
+def test_refit_is_refused_as_the_run_is(refused, checkpoint_dir, base_gguf, files, tmp_path, llama):
+    text = builtin.texts()["calib_code"]
+    rest = ("--data", text, "--windows", 1, "-o", tmp_path / "w.safetensors")
+
+    def refit(model, plan, words, *more):
+        refused(words, "refit", model, "--plan", files / plan, *rest, *more)
+
+    refit(base_gguf, "plan.json", "refit the model that was calibrated")
+    refit(base_gguf, "gguf-drop.json", "nothing to refit")
+    refit(base_gguf, "gguf.json", "take --how plain", "--how", "sequential")
+    refit(base_gguf, "gguf.json", "in its own types", "--dtype", "bfloat16")
+    refit(base_gguf, "gguf.json", "on the CPU; leave it out", "--device", "cuda")
+    refit(base_gguf, "gguf.json", "no such text file", "--data", tmp_path / "missing.txt")
+    refit(base_gguf, "gguf.json", "more than the model's 1024", "--ctx", 1025)
+    refit(base_gguf, "gguf.json", "second moments of one layer take", "--memory", "1KiB")
+    refit(checkpoint_dir, "gguf.json", "not for the checkpoint")
+    refit(checkpoint_dir, "all.json", "nothing to refit")
+    refit(checkpoint_dir, "drop.json", "drops experts from the router", "--how", "sequential")
+    refit(checkpoint_dir, "plan.json", "more than the model's 1024", "--ctx", 1025)
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(ask, tmp_path):
+    model, text = tiny_checkpoint(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(sample_text(200))
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("calibrate", model, "--data", text, "--ctx", 32, "-o", tmp_path / "s.safetensors")
+    with pytest.raises(GgufToolError, match="lacks tensor model.norm.weight"):
+        ask(*arguments)
 
 
 def test_compress(ask, checkpoint_dir, tmp_path, llama):
@@ -102,6 +193,11 @@ def test_compress(ask, checkpoint_dir, tmp_path, llama):
         "compress", checkpoint_dir, "--ratio", "0.4", "--quant", "Q4_K_M", "--data", texts["calib_code"], "--windows", 1,
         "--eval", texts["eval_code"], "--backend", "cpu", "-o", tmp_path / "out",
     )  # fmt: skip
+    with pytest.raises(GgufToolError, match="does not know this vocabulary's pre-tokenizer"):
+        ask(*arguments)
+    with pytest.raises(GgufToolError, match="near are qwen2"):
+        ask(*arguments, "--pre-tokenizer", "qwen22")
+    arguments = (*arguments, "--pre-tokenizer", "qwen2")
     said = ask(*arguments)
     assert not list(tmp_path.iterdir())
     assert [step["name"].removeprefix("model-") for step in said["steps"]] == [
@@ -112,5 +208,11 @@ def test_compress(ask, checkpoint_dir, tmp_path, llama):
     sizes = [step["bytes"] for step in said["steps"] if step["name"].endswith(".gguf")]
     # base, pruned by 40 % of its experts, that and the base quantized: what the README's table has, headers apart.
     assert all(abs(size - 1e6 * known) < 0.5e6 for size, known in zip(sizes, (14.80, 9.75, 3.33, 5.02), strict=True))
+    assert ask(*arguments, "--quant", "q4_k")["steps"] == said["steps"]
+    # A float type is not quantized: nothing unpruned stands beside it.
+    as_it_is = ask(*arguments, "--quant", "bf16")["steps"]
+    assert [step["name"] for step in as_it_is] == [
+        step["name"].replace("Q4_K_M.plan", "BF16.plan") for step in said["steps"][:5]
+    ]
     with pytest.raises(GgufToolError, match="routed per token"):
         ask(*arguments, "--method", "reap", "--ratio", "0.9")

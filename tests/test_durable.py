@@ -126,7 +126,7 @@ WRITERS = {
     write_stats: ["stats.safetensors"],
     write_plan: ["plan.json"],
     write_weights: ["weights.safetensors"],
-    write_report: ["report.html", "report.md", "report.json"],
+    write_report: ["report.json", "report.html", "report.md"],
     write_verified: ["verified.json"],
     write_gguf_file: ["model.gguf"],
     write_state: ["state.json", "state.json"],

@@ -33,14 +33,16 @@ from gguftool.errors import GgufToolError
 from gguftool.expand import expand
 from gguftool.gguf_calibrate import calibrate_gguf
 from gguftool.gguf_model import open_gguf
-from gguftool.pipeline import compress
 from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
-from gguftool.prepare import Job
 from gguftool.processes import ending
 from gguftool.quantize import QuantizeTool, quantize
 from gguftool.recipe import Recipe
+from gguftool.recipe_file import RunRecipe
+from gguftool.recipe_file import save as save_recipe
 from gguftool.refit import refit
+from gguftool.runs import Ears, carry_out
+from gguftool.sources import Source
 from gguftool.stats import CalibrationStats, Domain
 from gguftool.writer import prune
 from models import sample_text, tiny_checkpoint
@@ -70,12 +72,13 @@ class Line:
     def tool(self) -> QuantizeTool:
         return QuantizeTool(self.runtime.tool("llama-quantize"), threads=1)
 
-    def job(self, **changes: Any) -> Job:
-        job = Job(
-            self.folder / "model", [self.folder / "calib.txt"], [self.folder / "eval.txt"], self.runtime, self.llama,
-            lambda *_: None, n_ctx=32, windows=4, eval_windows=2, pre_tokenizer="qwen2",
+    def recipe(self, calib: Path | None = None) -> RunRecipe:
+        """A run of compress."""
+        return RunRecipe(
+            model=self.folder / "model", data=(Source(str(calib or self.folder / "calib.txt")),),
+            eval=(self.folder / "eval.txt",), ratio=0.4, quant="Q8_0", align=8, ctx=32, windows=4, eval_windows=2,
+            pre_tokenizer="qwen2", backend="cpu",
         )  # fmt: skip
-        return replace(job, **changes)
 
     def hashes(self) -> dict[str, str]:
         files = (path for path in self.folder.rglob("*") if path.is_file())
@@ -99,7 +102,9 @@ def line(tmp_path_factory, runtime, llama) -> Line:
     (folder / "calib.txt").write_text(sample_text(400, 1))
     (folder / "eval.txt").write_text(sample_text(400, 2))
     stats.save(folder / "stats.safetensors")
-    return Line(folder, runtime, llama, stats, plan)
+    line = Line(folder, runtime, llama, stats, plan)
+    save_recipe(line.recipe(), folder / "run.toml")
+    return line
 
 
 def run_calibrate(line: Line, out: Path) -> None:
@@ -137,7 +142,7 @@ def run_plan(line: Line, out: Path) -> None:
 
 
 def run_compress(line: Line, out: Path) -> None:
-    compress(line.job(), out, Recipe("auto", 0.4, target="Q8_0", align=8), lambda _: None)
+    carry_out(line.recipe(), out)
 
 
 Stage = Callable[[Line, Path], None]
@@ -550,19 +555,18 @@ def test_what_belongs_to_another_model_is_refused(line, tmp_path, fault):
 def test_a_text_that_is_edited_between_two_runs(line, wanted, tmp_path, fault):
     """Everything that depends on it is made again, and ends as if it had been so from the start."""
     text, said = tmp_path / "calib.txt", []
-    recipe = Recipe("auto", 0.4, target="Q8_0", align=8)
     text.write_text(sample_text(400, 1))
-    compress(line.job(calibration=[text]), tmp_path / "out", recipe, said.append)
+    carry_out(line.recipe(text), tmp_path / "out", Ears(say=said.append))
     with fault():
         text.write_text(sample_text(400, 9))
         said.clear()
-        compress(line.job(calibration=[text]), tmp_path / "out", recipe, said.append)
+        carry_out(line.recipe(text), tmp_path / "out", Ears(say=said.append))
         assert [word for word in said if word.startswith(("stats", "base")) or "refit" in word] == [
             "base.gguf: already there",
             "stats.safetensors: was made from other inputs or by another recipe; replacing it",
             next(word for word in said if "refit" in word and "replacing it" in word),
         ]
-        compress(line.job(calibration=[text]), tmp_path / "new", recipe, said.append)
+        carry_out(line.recipe(text), tmp_path / "new", Ears(say=said.append))
         assert contents(tmp_path / "out") == contents(tmp_path / "new") != wanted(run_compress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,6 +295,8 @@ def test_what_cannot_be_asked(job, change, message) -> None:
         check(job, replace(ASK, **change))
     with pytest.raises(GgufToolError, match="--eval"):
         check(replace(job, evaluation=[]), ASK)
+    with pytest.raises(GgufToolError, match="two evaluation texts are called 'x'"):
+        check(replace(job, evaluation=[Path("a/x.txt"), Path("b/x.txt")]), ASK)
 
 
 def test_a_budget_below_the_weights_is_refused_before_anything_is_converted(job, tmp_path, monkeypatch) -> None:
@@ -308,6 +311,20 @@ def test_a_budget_below_the_smallest_file_in_memory_is_refused_before_calibratio
         GgufToolError, match=r"the smallest file, global 89.8 % Q2_K, takes .*KV cache.*--memory [\d.]+MiB"
     ):
         fit.run(job, tmp_path / "out", replace(ASK, budget=10 << 20), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("command", "budget", "ctx"), [("fit", "--memory", "--ctx"), ("compress", "--fit", "--fit-ctx")]
+)
+def test_remedies_are_in_the_words_of_the_command(command, budget, ctx, job, checkpoint_dir, tmp_path) -> None:
+    def said(*changed: object) -> str:
+        given = {"--data": job.calibration[0], "--eval": job.evaluation[0], "--quant": "Q2_K", "--backend": "cpu"}
+        given |= {"--method": "global", "--pre-tokenizer": "qwen2", budget: "10MiB", ctx: CTX, "-o": tmp_path / "out"}
+        args = [command, checkpoint_dir, *(part for pair in given.items() for part in pair), *changed, "--dry-run"]
+        return str(CliRunner().invoke(cli, list(map(str, args))).exception)
+
+    assert re.search(rf"helps: a shorter {ctx}, a smaller --quant, {budget} [\d.]+MiB or more$", said())
+    assert said(ctx, 1) == f"{ctx} 1: a context has at least 2 tokens"
 
 
 def test_too_little_disk_is_refused_before_calibration(job, base_gguf, tmp_path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from gguftool import builtin, fit_measure, fit_run, pipeline, runs
 from gguftool.budget import JITTER, measure
 from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
-from gguftool.fit_report import CHOSEN, FitReport, Weighed
+from gguftool.fit_report import CHOSEN, FitReport, Weighed, goal_here
 from gguftool.pipeline import Built, far_from_plan
 from gguftool.quantize import QuantizeTool, quantize
 from gguftool.recipe_file import FIT_CTX, Found, RunRecipe, load
@@ -156,7 +157,7 @@ def test_what_is_not_the_same_is_named(pruned, tmp_path) -> None:
     assert "belong together; run compress again" in typed("verify", copy, "--scratch", scratch, code=1)
 
 
-def test_its_recipe_asks_anew(pruned, tmp_path, monkeypatch) -> None:
+def test_a_recipe_asks_anew(pruned, folder, tmp_path, monkeypatch) -> None:
     seen = []
 
     def ask(job, out, ask, say, journal):
@@ -167,10 +168,15 @@ def test_its_recipe_asks_anew(pruned, tmp_path, monkeypatch) -> None:
     typed("compress", "--recipe", pruned / "recipe.toml", "-o", tmp_path / "again", code=1)
     typed("compress", "--recipe", pruned / "recipe.toml", "--quant", "Q6_K", "-o", tmp_path / "again", code=1)
     assert [one.targets for one in seen] == [runs.TARGETS, ("Q6_K",)] and {one.ctx for one in seen} == {CTX}
+    # A budget takes the place of a recipe's ratio and of the type beside it.
+    for given in ([], ["--quant", "q5_k"]):
+        named = ("--recipe", "code", "--fit", "1GiB", *given)
+        typed("compress", folder / "model", *named, "-o", tmp_path / "again", code=1)
+    assert [one.targets for one in seen[2:]] == [runs.TARGETS, ("Q5_K_M",)]
     # A ratio takes the budget's place.
     monkeypatch.setattr(runs, "produce", lambda job, out, pruning, *_, **__: seen.append(pruning) or ask(*[None] * 5))
     typed("compress", "--recipe", pruned / "recipe.toml", "--ratio", 0.3, "-o", tmp_path / "again", code=1)
-    assert seen[2].ratio == 0.3
+    assert seen[4].ratio == 0.3
 
 
 def test_a_context_that_was_not_named_is_written_out(pruned, tmp_path, monkeypatch) -> None:
@@ -354,6 +360,28 @@ def test_a_search_as_a_report_shows_it() -> None:
     assert goal["budget"] == "1.0 MiB of memory (1,048,576 bytes), with a context of 32 tokens"
     assert goal["to run it within the budget"].startswith("gguftool run a.gguf -c 32 ")
     assert goal["choice"] == "a is best"
+
+
+def test_the_command_that_runs_it_can_be_pasted() -> None:
+    report = FitReport("m", 1000, 1 << 20, 32, [], None, Path("my models/a b.gguf"), "a is best", "by hand")
+    assert shlex.split(report.command)[:5] == ["gguftool", "run", "my models/a b.gguf", "-c", "32"]
+    goal = report.goal()
+    assert "my models" not in str(goal)
+    assert goal["to run it within the budget"].startswith("gguftool run 'a b.gguf' -c 32 ")
+    here = goal_here(goal, "my models/a b.gguf")
+    assert here == goal | {"to run it within the budget": report.command}
+
+
+def test_the_terminal_says_where_the_file_is_and_the_pages_do_not(pruned, folder, monkeypatch) -> None:
+    report = load_report(pruned)
+    monkeypatch.setattr(runs, "carry_out", lambda *_: report)
+    said = typed(*asked(folder), "--fit", "1GiB", "-o", pruned)
+    path = Path(report.rows[0].path)
+    assert path.parent == pruned
+    line = f"to run it within the budget: gguftool run {path} -c {CTX} "
+    assert [text for text in said.splitlines() if text.startswith(line)]
+    for name in ("report.html", "report.md", "README.md"):
+        assert f"gguftool run {path.name} -c {CTX} " in (pruned / name).read_text(), name
 
 
 def test_a_budget_that_is_none_is_refused_before_anything(folder, tmp_path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,15 +28,17 @@ from gguftool.gguf_model import open_gguf
 from gguftool.gguf_pass import Corpus, groups
 from gguftool.gguf_refit import refit_gguf
 from gguftool.gguf_tokenizer import GgufTokenizer
-from gguftool.llama_observer import LlamaRun
+from gguftool.llama_observer import LlamaRun, Routed, _Watcher
 from gguftool.perplexity import open_session
-from gguftool.pipeline import compress, produce
+from gguftool.pipeline import produce
 from gguftool.planner import make_plan
-from gguftool.prepare import Job
 from gguftool.quantize import QuantizeTool, imatrix_entries, quantize
 from gguftool.recipe import Recipe
+from gguftool.recipe_file import RunRecipe
 from gguftool.refit import refit
 from gguftool.requant import dequantize_rows, quantize_rows
+from gguftool.runs import Ears, carry_out, job_of
+from gguftool.sources import Source
 from gguftool.stats import CalibrationStats, Domain
 from gguftool.tensors import TensorSpec
 from gguftool.writer import prune
@@ -269,6 +271,44 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(base_f32, llama, tmp_
     assert stats.neurons["obs"].min() >= 0
 
 
+class Watched:
+    """A sink that wants everything, and remembers what it was given."""
+
+    layers, whole = (3,), True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def experts(self, layer: int, seen: Routed) -> None:
+        raise AssertionError("no experts ran")
+
+    matrix = experts
+
+    def residual(self, layer: int, out: torch.Tensor) -> None:
+        self.seen.append((layer, tuple(out.shape)))
+
+
+def test_nodes_that_ggml_derives_from_a_named_one_are_not_that_one():
+    """What ggml makes of a node has the node's name and what was done: "l_out-3 (reshaped)" is no layer's output."""
+    sink = Watched()
+    stub = SimpleNamespace(op=lambda name: len(name), read=lambda _: np.ones((1, 1, 5, 8), dtype=np.float32))
+    watcher = _Watcher(stub, sink)
+
+    def node(name: str) -> SimpleNamespace:
+        return SimpleNamespace(op=99, name=name.encode(), src=[])
+
+    for kind in ("reshaped", "view", "permuted", "transposed", "cont", "copy"):
+        assert not watcher.wants(node(f"l_out-3 ({kind})"))
+        assert not watcher.wants(node(f"ffn_moe_weights_norm-3 ({kind})")) and not watcher.norm_topk
+    for name in ("l_out", "l_out-", "l_out-3b", "l_out-last", "xl_out-3", "l_out-3 "):
+        assert not watcher.wants(node(name)), name
+    assert watcher.wants(node("l_out-3")) and watcher.wants(node("l_out-12"))
+    assert watcher.take(SimpleNamespace(contents=node("l_out-12"))) and sink.seen == [(12, (5, 8))]
+    for name in ("ffn_moe_weights_norm-3", "ffn_moe_weights_softmax-0"):
+        watcher.norm_topk = False
+        assert not watcher.wants(node(name)) and watcher.norm_topk
+
+
 def test_what_is_raised_while_llama_cpp_runs_comes_out(tiny, llama):
     """Ctrl-C arrives in the callback, from where nothing may be thrown through llama.cpp."""
 
@@ -394,30 +434,31 @@ def test_the_fingerprint_is_that_of_the_contents(tiny, tmp_path):
 
 
 @pytest.fixture
-def job(runtime, llama, eval_text) -> Iterator[partial]:
-    yield partial(
-        Job, calibration=[builtin.texts()["calib_code"]], evaluation=[eval_text], runtime=runtime, llama=llama,
-        progress=lambda *_: None, windows=4, eval_windows=2, pre_tokenizer="qwen2",
+def asked(llama, eval_text) -> partial:
+    """A run of compress by auto, 40 %, but for what a test names."""
+    return partial(
+        RunRecipe, data=(Source(str(builtin.texts()["calib_code"])),), eval=(eval_text,), ratio=0.4, windows=4, eval_windows=2,
+        pre_tokenizer="qwen2", backend="cpu",
     )  # fmt: skip
 
 
-def test_compress_from_a_gguf_loses_what_it_loses_from_the_checkpoint(job, base_gguf, checkpoint_dir, tmp_path):
+def test_compress_from_a_gguf_loses_what_it_loses_from_the_checkpoint(asked, base_gguf, checkpoint_dir, tmp_path):
     said: list[str] = []
     reports = [
-        compress(job(model=model), tmp_path / name, Recipe("auto", 0.4), said.append, refit=how)
-        for name, model, how in (("gguf", base_gguf, ""), ("checkpoint", checkpoint_dir, "plain"))
+        carry_out(asked(model=model, refit=how), tmp_path / name, Ears(say=said.append))
+        for name, model, how in (("gguf", base_gguf, None), ("checkpoint", checkpoint_dir, "plain"))
     ]
     (got, want) = (report.rows[0] for report in reports)
     assert got.bytes == pytest.approx(want.bytes, abs=64)
     kld = [row.texts["eval_code"]["kld"]["mean"] for row in (got, want)]
     assert kld[0] == pytest.approx(kld[1], rel=0.1)
     assert any("sequential refit needs the checkpoint" in note for note in reports[0].notes)
-    compress(job(model=base_gguf), tmp_path / "gguf", Recipe("auto", 0.4), said.append)
+    carry_out(asked(model=base_gguf), tmp_path / "gguf", Ears(say=said.append))
     assert sum(line.endswith("already there") for line in said) == 4  # stats, plan, weights, file
 
 
-def test_compress_keeps_the_types_of_a_quantized_gguf(job, q4, tmp_path):
-    report = compress(job(model=q4), tmp_path / "out", Recipe("auto", 0.4, target="Q4_K_M"), lambda _: None)
+def test_compress_keeps_the_types_of_a_quantized_gguf(asked, q4, tmp_path):
+    report = carry_out(asked(model=q4, quant="Q4_K_M"), tmp_path / "out")
     (row,) = report.rows
     assert row.encoding == "Q4_K_M" and row.bytes < 0.75 * q4.stat().st_size
     assert row.texts["eval_code"]["kld"]["mean"] < 0.3
@@ -427,29 +468,28 @@ def test_compress_keeps_the_types_of_a_quantized_gguf(job, q4, tmp_path):
     assert any("the original here is Q4_K_M itself" in note for note in report.notes)
 
 
-def test_a_quantized_gguf_is_quantized_again_and_says_so(job, q4, tmp_path):
-    report = compress(
-        job(model=q4, windows=2), tmp_path / "out", Recipe("gated-sum", 0.25, target="Q3_K_M"), lambda _: None
-    )
+def test_a_quantized_gguf_is_quantized_again_and_says_so(asked, q4, tmp_path):
+    report = carry_out(asked(model=q4, windows=2, method="gated-sum", ratio=0.25, quant="Q3_K_M"), tmp_path / "out")
     assert [row.encoding for row in report.rows] == ["Q3_K_M", "Q3_K_M"]
     assert any("quantized twice" in note for note in report.notes)
     pruned = GgufFile(next((tmp_path / "out").glob("*GATED-SUM25-Q3_K_M.gguf")))
     assert pruned.value("quantize.imatrix.entries_count") > 0
 
 
-def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(job, tiny, llama, runtime, tmp_path):
+def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(asked, tiny, llama, runtime, tmp_path):
     """Its own stats know nothing of what it was cut from: it, and what is cut from it, take their importance matrix."""
     once, tools = tmp_path / "once.gguf", QuantizeTool(runtime.tool("llama-quantize"))
     first = calibrate_gguf(open_gguf(tiny["olmoe"]), domains(), tmp_path / "work", llama=llama, obs=False)
     assert prune(tiny["olmoe"], make_plan(first, Recipe("reap", 0.34)), once).layout == "stock"
     recipe = Recipe("auto", 0.4, target="Q4_K_M")
-    made = produce(job(model=once, windows=2), tmp_path / "out", recipe, lambda _: None)
+    job = job_of(asked(model=once, windows=2), Ears())
+    made = produce(job, tmp_path / "out", recipe, lambda _: None)
     again, whole = GgufFile(made.built.path), GgufFile(made.rivals[0].path)
     assert again.value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
     assert again.value("gguftool.n_expert") == 4 and whole.arch_value("expert_count") == 4
     assert min(file.value("quantize.imatrix.entries_count") for file in (again, whole)) > 10
     # Where nothing goes, too.
-    same = produce(job(model=once, windows=2), tmp_path / "out", replace(recipe, ratio=0.0), lambda _: None).built.path
+    same = produce(job, tmp_path / "out", replace(recipe, ratio=0.0), lambda _: None).built.path
     assert GgufFile(same).value("gguftool.base.fingerprint") == open_gguf(once).fingerprint
     # Those of the model before are for the first cut only.
     quantize(once, "Q4_K_M", tmp_path / "of-first.gguf", imatrix=first, tools=tools)
@@ -459,14 +499,15 @@ def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(job, tiny
         )
 
 
-def test_refusals_come_before_the_first_pass(job, q4, tmp_path):
-    for recipe, how, device, words in (
-        (Recipe("auto", 0.4), "sequential", "cpu", "take --refit plain"),
-        (Recipe("dern", 0.25), "", "cpu", "dern needs the checkpoint"),
-        (Recipe("auto", 0.4), "", "cuda", "on the CPU"),
+def test_refusals_come_before_the_first_pass(asked, q4, tmp_path):
+    for options, words in (
+        ({"refit": "sequential"}, "take --refit plain"),
+        ({"method": "dern", "ratio": 0.25}, "dern needs the checkpoint"),
+        ({"device": "cuda"}, "on the CPU"),
+        ({"dtype": "bfloat16"}, "in its own types"),
     ):
         with pytest.raises(GgufToolError, match=words):
-            compress(job(model=q4, device=device), tmp_path / "out", recipe, lambda _: None, refit=how)
+            carry_out(asked(model=q4, **options), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

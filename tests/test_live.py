@@ -78,6 +78,19 @@ def test_stages_follow_each_other(tmp_path):
     assert states(view)["check"] == "done" and "running" not in drawn(view) and "auto 40 %" not in drawn(view)
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    view = View("a:train:b[en] -> out", None, ["{task.description}"])
+    (tmp_path / "m[1]:cat:.gguf").write_bytes(b"x")
+    for state in ("making", "made"):
+        view.watch("step", {"name": "m[1]:cat:.gguf", "state": state, "path": tmp_path / "m[1]:cat:.gguf"})
+    said = drawn(view)
+    assert "a:train:b[en] -> out" in said and "m[1]:cat:.gguf" in said
+    row = {"pruned": {"ppl": 29.125, "bytes": 1_000_000}, "kld": {"mean": 0.0385}}
+    view.watch("measured", {"text": "wiki[en]:cat:", "models": [("a[b]:cat:", row)]})
+    said = drawn(view)
+    assert "wiki[en]:cat:: perplexity" in said and "a[b]:cat:" in said
+
+
 def test_a_run_with_a_budget_has_stages_of_its_own(tmp_path):
     now = [0.0]
     view = View("model -> out", None, ["{task.description}"], clock=lambda: now[0], fit=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import PreTrainedModel
 
+import gguftool
 from gguftool.bench_calibrate import BARS, QUICK, Memory, measure
 from gguftool.calibrate import calibrate
 from gguftool.checkpoint import open_checkpoint
@@ -173,9 +175,34 @@ class Told:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.done: list[int] = []
 
-    def __call__(self, _done: int, _total: int, text: str) -> None:
+    def __call__(self, done: int, _total: int, text: str) -> None:
         self.texts.append(text)
+        self.done.append(done)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, [1, 2, 3, 4, 5, 6, 7, 8]), (3, [3, 5, 8]), (16, [5, 8])])
+def test_the_batch_of_a_plan_is_that_of_the_pass(checkpoint, tmp_path, batch, steps):
+    """Windows of the first layer that are done after each batch: five of one text, three of the other."""
+    how, told = replace(plan_memory(checkpoint, 8, 12, torch.float32, None, moments=0), batch=batch), Told()
+    found = calibrate(checkpoint, domains(), tmp_path / "a", how=how, obs=False, progress=told)
+    assert [done for done in told.done if done <= 8] == steps
+    told = Told()
+    alike = calibrate(checkpoint, domains(), tmp_path / "b", batch=batch, obs=False, progress=told)
+    assert [done for done in told.done if done <= 8] == steps
+    assert all(np.array_equal(alike.neurons[name], value) for name, value in found.neurons.items())
+    usual = calibrate(checkpoint, domains(), tmp_path / "c", obs=False)
+    for name, value in found.experts.items():
+        assert usual.experts[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    for name, value in found.linears.items():
+        assert usual.linears[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def test_the_estimate_is_that_of_the_batch(checkpoint):
+    for batch in (1, 8):
+        plan = plan_memory(checkpoint, 8, 12, torch.float32, None, moments=0, threads=1, batch=batch)
+        assert plan.batch == batch and plan.peak == plan.needs.peak(batch, 0, 1, False)
 
 
 def test_groups_and_resident_states_change_nothing_but_rounding(checkpoint, tmp_path, no_whole_model):
@@ -220,6 +247,46 @@ def test_the_command_says_what_it_picked_or_refuses(checkpoint, tmp_path):
         done = CliRunner().invoke(cli, [*command, "--force", *options])
         assert isinstance(done.exception, GgufToolError) and message in str(done.exception)
     assert CalibrationStats.load(out).tokens > 0
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many windows at once the calibrations of a test run with."""
+    module, seen = sys.modules["gguftool.calibrate"], []
+    plain = module.LayeredPass
+
+    def spied(*args, batch, **options):
+        seen.append(batch)
+        return plain(*args, batch=batch, **options)
+
+    monkeypatch.setattr(module, "LayeredPass", spied)
+    return seen
+
+
+def test_the_command_runs_as_it_says(checkpoint, tmp_path, batches):
+    """Type, windows at once and limit are those of the plan, for the command as for the function."""
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(200))
+    command = ["calibrate", str(checkpoint.path), "--data", str(text), "--ctx", "32"]
+    found = {}
+    for kind in ("float32", "bfloat16"):
+        out, own = tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-own.safetensors"
+        CliRunner().invoke(cli, [*command, "--dtype", kind, "-o", str(out)], catch_exceptions=False)
+        gguftool.calibrate(checkpoint.path, data=[text], ctx=32, dtype=kind, out=own)
+        assert out.read_bytes() == own.read_bytes()
+        found[kind] = CalibrationStats.load(out)
+    one, other = (stats.neurons["h_sq"] for stats in found.values())
+    assert not np.array_equal(one, other) and one.sum() == pytest.approx(other.sum(), rel=0.1)
+    assert batches == [4] * 4  # without a limit
+    windows = found["float32"].tokens // 32
+    least = needs_of(checkpoint, windows, 32, torch.float32, None, 1).peak(1, 1, 1, False)
+    for limit, batch in ((f"{least}B", 1), ("2GiB", 16)):
+        batches.clear()
+        options = ["--memory", limit, "-o", str(tmp_path / f"{batch}.safetensors")]
+        done = CliRunner().invoke(cli, [*command, *options], catch_exceptions=False)
+        assert f"float32, {batch} windows at a time" in done.output and batches == [batch]
+        limited = CalibrationStats.load(tmp_path / f"{batch}.safetensors")
+        assert limited.neurons["h_sq"] == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 def test_the_benchmark_from_end_to_end(tmp_path):

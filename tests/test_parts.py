@@ -112,6 +112,12 @@ def test_one_speaks_for_all_and_an_error_of_one_ends_all(model, tmp_path):
     first, second = start([[*command, "--data", str(text)]] * 2)
     assert first.stdout.startswith(f"{out}: 96 tokens, 3 layers, 0 experts never routed\n")
     assert (second.stdout, second.stderr) == ("", "")
+    own = tmp_path / "own.safetensors"
+    function = "import sys, gguftool; gguftool.calibrate(*sys.argv[1:2], data=sys.argv[2:3], out=sys.argv[3], {})"
+    function = function.format("ctx=32, windows=3, obs=False")
+    for done in start([["-c", function, str(model), str(text), str(own)]] * 2):
+        assert done.returncode == 0, done.stderr
+    assert own.read_bytes() == out.read_bytes()
     missing = [*command, "--force", "--data", str(tmp_path / "missing.txt")]
     for commands, line in (
         (

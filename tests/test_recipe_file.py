@@ -40,8 +40,29 @@ def test_a_ratio_and_a_budget_take_each_others_place():
     assert asked.changed({"quant": "Q8_0"}) == replace(asked, quant="Q8_0")
     assert RunRecipe(ratio=0.4).changed({"fit": "1GiB"}) == RunRecipe(fit="1GiB")
     assert asked.changed({"fit": None, "ratio": 0.4}).fit is None
+    with pytest.raises(GgufToolError, match=r"fit_ctx \(--fit-ctx\) is the context of a budget"):
+        RunRecipe(ratio=0.4).changed({"fit_ctx": 64})
+    with pytest.raises(GgufToolError, match=r"fit_ctx \(--fit-ctx\) is the context of a budget"):
+        asked.changed({"ratio": 0.4, "fit_ctx": 64})
+    # The type of a recipe with a ratio belongs to the ratio; that of a recipe with a budget, or one given, is asked for.
+    code = RunRecipe(ratio=0.4, quant="Q4_K_M")
+    assert code.changed({"fit": "1GiB"}) == RunRecipe(fit="1GiB")
+    assert code.changed({"fit": "1GiB", "quant": "q6_k"}) == RunRecipe(fit="1GiB", quant="Q6_K")
+    narrow = replace(asked, quant="Q6_K")
+    assert narrow.changed({"fit": "2GiB"}) == replace(narrow, fit="2GiB")
     with pytest.raises(GgufToolError, match="fit finds the ratio"):
         asked.changed({"fit": "2GiB", "ratio": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), (" q8_0 ", "Q8_0"), ("bf16", "BF16"), ("Q2_K", "Q2_K")],
+)
+def test_a_type_is_called_by_its_own_name_however_it_is_written(written, name):
+    assert RunRecipe(quant=written).quant == RunRecipe().changed({"quant": written}).quant == name
+    recipe = loads(f'quant = "{written}"\nratio = 0.4', Path("/"))
+    assert recipe == RunRecipe(ratio=0.4, quant=name) and recipe.pruning.target == name
+    assert f'quant = "{name}"' in dumps(recipe)
 
 
 def test_every_value_differs_from_its_default_above():
@@ -123,6 +144,7 @@ def test_a_source_is_spelled_as_it_is_parsed(text):
         ("windows = true", "windows = true has to be a whole number"),
         ("guard = 1", "guard = 1 has to be true or false"),
         ("quant = 4", "quant = 4 has to be a text in quotes"),
+        ('quant = "Q4_KM"', "no encoding 'Q4_KM' is known (did you mean Q4_K_M"),
         ('data = "a.txt"', "data = \"a.txt\" has to be a list of texts"),
         ("data = [1]", "data = [1] has to be a list of texts"),
         ('data = ["a.txt@x1"]', "e.txt"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,16 +28,19 @@ from gguftool.extras import Extras, make_prompts
 from gguftool.gguf_file import GgufFile
 from gguftool.journal import Journal
 from gguftool.model_card import MARK, front_matter, model_card, short_command
-from gguftool.prepare import Job
 from gguftool.provenance import command_line, files_of, provenance
 from gguftool.recipe import Recipe
+from gguftool.recipe_file import RunRecipe
 from gguftool.report import Report, Status
-from gguftool.report_charts import LEVELS, linear_level, log_levels
+from gguftool.report_charts import LEVELS, Bar, intervals, linear_level, log_levels, token_histogram
 from gguftool.report_facts import calibrated_facts, expert_facts, expert_saliency
 from gguftool.report_files import dumps, load, publish, with_card
 from gguftool.report_html import render
-from gguftool.svg import Scale, escape, short
-from gguftool.trial import PROGRAM, Effort, Tried, _routing, opening, same_start, trial
+from gguftool.runs import Ears, carry_out
+from gguftool.sources import Source
+from gguftool.svg import Scale, escape, padded, short
+from gguftool.trial import OVERHEAD, PROGRAM, Effort, Prompt, Tried, _routing, opening, same_start, trial
+from gguftool.trial_worker import fitted
 from gguftool.verification import sha256
 from reports import EVIL, make_report
 from synthetic import make_plan, make_stats
@@ -135,6 +141,26 @@ def test_scales_and_levels():
     assert [linear_level(v, 8) for v in (0, 0.1, 4, 8, 9)] == [0, 1, 4, 8, 8]
 
 
+def test_scales_and_levels_of_what_is_not_finite():
+    nan, inf = math.nan, math.inf
+    assert padded([nan, 2.0, inf, 1.0, -inf]) == padded([1.0, 2.0]) and padded([nan], log=True) == (1e-6, 1.0)
+    assert padded([0.1, inf, 1.0], log=True) == padded([0.1, 1.0], log=True)
+    assert Scale(0, inf, 0, 1).ticks() == Scale(nan, 1, 0, 1).ticks() == Scale(0.1, inf, 0, 1, log=True).ticks() == []
+    assert [Scale(0, 10, 100, 200)(v) for v in (nan, inf, -inf)] == [100, 200, 100]
+    assert [short(v) for v in (nan, inf, -inf)] == ["nan", "inf", "-inf"]
+    levels, low, high = log_levels([[nan, 1.0], [inf, 100.0]])
+    assert (levels, low, high) == ([[0, 0], [LEVELS - 1, LEVELS - 1]], 1.0, 100.0)
+    assert [linear_level(v, 8) for v in (nan, inf, -inf)] == [0, LEVELS - 1, 0] and linear_level(1, nan) == 0
+
+
+def test_what_is_not_finite_has_words_and_no_mark():
+    for value, marks in ((1.0, 1), (math.nan, 0), (math.inf, 0)):
+        drawn = intervals([Bar("a", value, value, value, f"{value} nats", "pruned")], "KL divergence")
+        assert f"{value} nats" in drawn and (drawn.count('"mark '), drawn.count('"err ')) == (marks, marks)
+        drawn = token_histogram([("a", {"mean": value, "p99": value, "histogram": [0] * 29 + [9]}, "pruned")], "tokens")
+        assert (drawn.count('"mark '), drawn.count('"meanline ')) == (marks, marks)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands the peak on")
 def test_the_peak_memory_of_a_process_is_not_that_of_the_one_that_started_it():
     held = b"\1" * (200 << 20)
@@ -212,6 +238,19 @@ def test_a_large_report_stays_small_and_numbers_only_what_is_worth_it():
     assert len(text) < 1_000_000
     assert text.count('class="point"') < 30 and "40 models beside the original" in text
     assert 'id="spread"' not in text  # whose tokens would they be?
+
+
+def test_every_text_has_its_tiles():
+    report = make_report()
+    rows = [replace(row, texts={**row.texts, "third": row.texts["code"]}) for row in report.rows]
+    three = replace(report, base={**report.base, "third": report.base["code"]}, rows=rows)
+    tiles = render(three).partition('class="tiles"')[2].partition("</ul>")[0]
+    what = re.findall(r'class="what">([^<]*)<', tiles)
+    assert what == [
+        "size",
+        *(f"{measured}, {name}" for name in three.base for measured in ("KL divergence", "perplexity", "same top token")),
+        "generation speed", "memory",
+    ]  # fmt: skip
 
 
 def test_a_page_without_facts_has_no_empty_section():
@@ -367,6 +406,53 @@ def test_a_run_whose_numbers_cannot_be_right_has_failed(tmp_path):
     assert load(tmp_path).failures == ["KL divergence is nan"]
 
 
+def with_value(found: float) -> Report:
+    """A report in which all that was measured of its first row on its first text is `found`, and the saliency of an expert."""
+    report = make_report(candidates=2)
+    row, name = report.rows[0], "code"
+    value = row.texts[name]
+    value = {
+        **value, "pruned": {**value["pruned"], "ppl": found, "ppl_err": found}, "ln_ppl_ratio": found,
+        "kld": {**dict.fromkeys(value["kld"], found), "histogram": value["kld"]["histogram"]},
+    }  # fmt: skip
+    facts = json.loads(json.dumps(report.facts))
+    facts["experts"]["layers"][0]["saliency"][0] = found
+    rows = [replace(row, texts={**row.texts, name: value}), *report.rows[1:]]
+    candidates = [replace(report.candidates[0], texts={name: {"mean": found, "err": found}}), report.candidates[1]]
+    return replace(report, rows=rows, facts=facts, candidates=candidates)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_run_that_measured_nothing_finite_has_a_report_that_says_so(value, tmp_path):
+    fault = f"auto 40 % 0 on code: perplexity {value} (original 10.0), KL divergence {value}: not finite"
+    with Journal(tmp_path, "model") as journal:
+        journal.begin()
+        journal.measured(with_value(value))
+        journal.stage("checks")
+        journal.measured(replace(with_value(value), failures=(fault,)))
+        journal.finish()
+    state, page, markdown = states(tmp_path)
+    assert state == "failed" and fault in page and fault in markdown and load(tmp_path).failures == [fault]
+    assert f"{value} ± {value}" in page and "A divergence that is not finite has no place here: auto 40 % 0." in page
+    names = ("x", "y", "x1", "x2", "y1", "y2", "width", "height", "cx", "cy", "d")
+    places = [value for name, value in Page(page).attributes if name in names]
+    assert len(places) > 500 and not [v for v in places if "nan" in v or "inf" in v]
+
+
+def test_a_page_that_cannot_be_drawn_hides_no_failure(tmp_path, monkeypatch):
+    def fail(_: Report) -> str:
+        raise ValueError("a fault of ours")
+
+    with pytest.raises(ValueError, match="a fault of ours"), Journal(tmp_path, "model") as journal:
+        journal.begin()
+        journal.measured(replace(make_report(), failures=("KL divergence is nan",)))
+        monkeypatch.setattr(report_files, "render", fail)
+        journal.finish()
+    status = load(tmp_path).status
+    assert status.state == "failed"
+    assert status.message == "this cannot be right: KL divergence is nan; then: a fault of ours"
+
+
 def test_a_journal_hears_the_steps_and_lets_others_hear_them(tmp_path):
     heard = []
     with Journal(tmp_path, "model") as journal:
@@ -382,10 +468,11 @@ def test_a_journal_hears_the_steps_and_lets_others_hear_them(tmp_path):
     assert heard == [("step", "making"), ("step", "made"), ("step", "there"), ("stage", None), ("measured", None)]
 
 
-def test_a_report_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", [OSError("disk full"), ValueError("a fault of ours")])
+def test_a_report_that_cannot_be_written_hides_no_error(fault, tmp_path, monkeypatch):
     with pytest.raises(GgufToolError, match="the real one"), Journal(tmp_path, "model") as journal:
         journal.begin()
-        monkeypatch.setattr("gguftool.journal.publish", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        monkeypatch.setattr("gguftool.journal.publish", lambda *_: (_ for _ in ()).throw(fault))
         raise GgufToolError("the real one")
 
 
@@ -448,6 +535,42 @@ def test_a_card_tells_nobody_where_files_lay():
     typed = command_line(["compress", "/home/me/My Model/", "--ratio", "0.4", "-o", "../out", "--data", "~/a.txt"])
     assert typed == "gguftool compress '/home/me/My Model/' --ratio 0.4 -o ../out --data '~/a.txt'"
     assert short_command(typed) == "gguftool compress 'My Model' --ratio 0.4 -o out --data a.txt"
+    assert short_command("gguftool compress '/home/me") == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("--data=/home/me/x.txt", "--data=x.txt"),
+        ("-o/home/me/out/", "-oout"),
+        ("acme/secret/x.txt:text:20@2", "x.txt:text:20@2"),
+        ("--data=/home/me@acme/x.txt:text@2", "--data=x.txt:text@2"),
+        ("hf:/home/me/set/:train:text@2", "hf:set:train:text@2"),
+        ("--data=hf:acme/set", "--data=hf:set"),
+        ("acme/Model", "Model"),
+        ("C:\\Users\\me\\x.txt", "x.txt"),
+        ("--ratio=0.4", "--ratio=0.4"),
+        ("--quiet", "--quiet"),
+        # What everybody can look up stays whole, and so does what is no path.
+        ("Org/Model", "Org/Model"),
+        ("hf:Org/Set/en:train:text:20@0.5", "hf:Org/Set/en:train:text:20@0.5"),
+        ("--data=hf:Org/Set/en", "--data=hf:Org/Set/en"),
+        ("--prompt=this and/or that", "--prompt=this and/or that"),
+    ],
+)
+def test_however_a_path_is_written_its_folders_stay_off_the_card(given, shown):
+    report = card_of(base_model="Org/Model")
+    texts = [{"name": name, "sha256": "0" * 64, "tokens": 9} for name in ("Org/Set/en:train", "set:train", "x.txt")]
+    command = command_line(["compress", given, "--prompt", "either/or"])
+    facts = {
+        **report.facts, "model": {**report.facts["model"], "texts": texts},
+        "provenance": {**report.facts["provenance"], "command": command},
+    }  # fmt: skip
+    text = model_card(replace(report, facts=facts))
+    (line,) = [line for line in text.splitlines() if line.startswith("gguftool compress ")]
+    assert shlex.split(line) == ["gguftool", "compress", shown, "--prompt", "either/or"]
+    if given != shown:
+        assert not re.search("home|me@|acme|Users", text)
 
 
 def test_a_readme_of_somebody_else_stays(tmp_path):
@@ -495,18 +618,16 @@ def test_every_file_has_its_hash(tmp_path, runtime):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, checkpoint_dir, runtime, llama):
-    """A small run of compress: (job, folder, report)."""
+def ran(tmp_path_factory, checkpoint_dir, llama):
+    """A small run of compress: (recipe, folder, report)."""
     texts = builtin.texts()
-    job = Job(
-        model=checkpoint_dir, calibration=[texts["calib_code"]], evaluation=[texts["eval_code"]], runtime=runtime,
-        llama=llama, progress=lambda *_: None, windows=2, eval_windows=2, pre_tokenizer="qwen2",
+    recipe = RunRecipe(
+        model=checkpoint_dir, data=(Source(str(texts["calib_code"])),), eval=(texts["eval_code"],), method="global", ratio=0.4,
+        windows=2, eval_windows=2, pre_tokenizer="qwen2", backend="cpu",
     )  # fmt: skip
     out = tmp_path_factory.mktemp("ran") / "out"
-    report = pipeline.compress(
-        job, out, Recipe("global", 0.4), lambda _: None, extras=Extras(command="gguftool compress x")
-    )
-    return job, out, report
+    report = carry_out(recipe, out, extras=Extras(command="gguftool compress x"))
+    return recipe, out, report
 
 
 def test_a_run_measures_what_its_report_shows(ran):
@@ -533,6 +654,26 @@ def test_a_run_measures_what_its_report_shows(ran):
     assert sum(report.rows[0].texts["eval_code"]["kld"]["histogram"]) == report.rows[0].texts["eval_code"]["tokens"]
 
 
+def test_what_a_model_writes_is_held_against_the_original_only_where_that_was_run(ran, runtime):
+    """There is room for the pruned file alone."""
+    _, out, report = ran
+    (row,) = report.rows
+    models = [Tried("original", out / "base.gguf"), Tried(row.label, Path(row.path))]
+    effort = Effort(prompt=8, generate=2, rounds=1, seconds=1, complete=4)
+    got = trial(
+        runtime, models, [Prompt("p", "def f(", "def f(")], {}, effort=effort, room=row.bytes + OVERHEAD
+    )  # fmt: skip
+    (answer,) = got["completions"]["prompts"][0]["answers"]
+    assert (answer["label"], answer["same"]) == (row.label, None) and answer["text"]
+    alone = replace(report, facts={**report.facts, **got})
+    page, markdown = render(alone), alone.markdown()
+    assert "The original was not run, so nothing is marked." in page
+    assert "as the original&#x27;s" not in page and "<mark>" not in page
+    for text in (page, markdown):
+        assert "of memory are free; what the others write is compared with nothing" in text
+    assert "as the original&#x27;s" in render(report) and "was not run" not in report.markdown()
+
+
 def test_a_run_says_where_everything_came_from(ran, checkpoint_dir):
     _, out, report = ran
     files = {f["name"]: f for f in report.facts["provenance"]["files"]}
@@ -547,6 +688,26 @@ def test_a_run_says_where_everything_came_from(ran, checkpoint_dir):
     card = (out / "README.md").read_text()
     assert matter(card)["tags"][-1] == "BF16" and pruned in card
     assert report.facts["card"]["layout"] == GgufFile(out / pruned).value("gguftool.layout")
+
+
+@pytest.fixture
+def again(ran, tmp_path, monkeypatch):
+    """The same run in a folder of its own, in which nothing is measured anew: (recipe, folder)."""
+    recipe, out, report = ran
+    shutil.copytree(out, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "judge", lambda *_: report)
+    monkeypatch.setattr(pipeline, "far_from_plan", lambda *_: [])
+    return recipe, tmp_path / "out"
+
+
+def test_a_model_of_the_hub_is_named_and_its_files_are_hashed(again, checkpoint_dir, monkeypatch):
+    recipe, out = again
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(checkpoint_dir))
+    hub = replace(recipe, model=Path("someone/A-Model"))
+    report = carry_out(hub, out, extras=Extras(measure=False))
+    names = [f["name"] for f in report.facts["provenance"]["files"] if f["role"] == "input"]
+    assert {f"{checkpoint_dir.name}/config.json", f"{checkpoint_dir.name}/model.safetensors"} <= set(names)
+    assert matter((out / "README.md").read_text())["base_model"] == "someone/A-Model"
 
 
 def test_the_router_is_watched_as_calibration_counted_it(base_gguf, stats, runtime):
@@ -569,31 +730,64 @@ def test_a_completion_is_the_likeliest_token_again_and_again(base_gguf, runtime)
         assert worker.ask("complete", 12, **ask | {"seconds": 0})["stopped"] == "time"
 
 
+def test_of_a_long_prompt_the_start_goes_but_for_the_token_of_the_beginning():
+    tokens = np.arange(10, dtype=np.int32)
+    for room, keep, want in ((10, 1, range(10)), (4, 1, [0, 7, 8, 9]), (4, 0, [6, 7, 8, 9])):
+        got, left_out = fitted(tokens, room, keep)
+        assert got.tolist() == list(want) and left_out == 10 - room
+
+
+def test_a_long_prompt_is_gone_on_from_at_its_end_and_the_page_says_so(base_gguf, runtime):
+    text = builtin.texts()["eval_code"].read_text()[:4000]
+    prompts = [Prompt(name, name, start * 200 + text) for name, start in (("a", "import os\n"), ("b", "# nothing\n"))]
+    effort = Effort(prompt=8, generate=2, rounds=1, seconds=1, complete=12)
+    prompts.append(Prompt("short", "short", text[:100]))
+    got = trial(runtime, [Tried("original", base_gguf)], prompts, {}, effort=effort)
+    one, other, short_one = got["completions"]["prompts"]
+    # What they have in common at their ends is more than the context holds.
+    assert one["answers"] == other["answers"] and one["answers"][0]["tokens"] > 0
+    assert one["left_out"] > 512 and other["left_out"] > 512 and short_one["left_out"] == 0
+    page = render(replace(make_report(), facts=got))
+    assert page.count("tokens were left out.") == 2
+    assert f"the first {one['left_out']:,} tokens were left out." in page
+    assert "left out" not in render(make_report()).partition('id="completions"')[2]
+
+
 @pytest.mark.parametrize(
     ("error", "state"), [(KeyboardInterrupt(), "interrupted"), (GgufToolError("no <b>"), "failed")]
 )
 def test_a_run_that_is_stopped_leaves_a_report_of_what_it_knew(ran, monkeypatch, error, state):
-    job, out, _ = ran
+    recipe, out, _ = ran
 
     def stop(*_):
         raise error
 
     monkeypatch.setattr(pipeline, "judge", stop)
     with pytest.raises(type(error)):
-        pipeline.compress(job, out, Recipe("global", 0.4), lambda _: None, extras=Extras(measure=False))
+        carry_out(recipe, out, extras=Extras(measure=False))
     got, page, _ = states(out)
     assert got == state and "perplexity and KL divergence" in page and 'id="experts"' in page and "no <b>" not in page
     monkeypatch.undo()
-    report = pipeline.compress(job, out, Recipe("global", 0.4), lambda _: None, extras=Extras(measure=False))
+    report = carry_out(recipe, out, extras=Extras(measure=False))
     assert report.status.done and "speed" not in report.facts and report.facts["provenance"]["files"][0]["sha256"] == ""
 
 
 def test_a_trial_that_fails_costs_nothing_else_of_the_report(ran, monkeypatch):
-    job, out, _ = ran
+    recipe, out, _ = ran
     monkeypatch.setattr("gguftool.trial.PROGRAM", "gguftool.no_such_module")
-    report = pipeline.compress(job, out, Recipe("global", 0.4), lambda _: None)
+    report = carry_out(recipe, out)
     assert report.status.done and "ended with exit code 1" in report.facts["speed"]["error"] and report.rows
     assert "Not measured: base.gguf: the" in (out / "report.html").read_text()
+
+
+def test_a_run_says_that_somebody_elses_readme_stays(again):
+    recipe, out = again
+    (out / "README.md").write_text("mine")
+    said: list[str] = []
+    carry_out(recipe, out, Ears(say=said.append), Extras(measure=False))
+    note = f"note: {out / 'README.md'} was not made by gguftool and stays as it is; move it to have the model card"
+    assert [line for line in said if "README" in line] == [note]
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_prompts_that_are_given_go_through_the_chat_template(tmp_path, base_gguf, monkeypatch):

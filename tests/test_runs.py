@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import gguftool
 from gguf_models import write_random
-from gguftool import builtin, pipeline
+from gguftool import builtin, pipeline, runs
 from gguftool.crosscheck import CrossCheck
+from gguftool.divergence import Estimate, KlStatistics
 from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
 from gguftool.journal import Journal
+from gguftool.recipe import Recipe
 from gguftool.recipe_file import load
-from gguftool.runs import Ears, job_of
+from gguftool.runs import Ears, carry_out, job_of
 from gguftool.tensors import TensorSpec
 from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
+from gguftool.workspace import Workspace
 from typed import typed
 
 RECIPE = """
@@ -35,6 +41,7 @@ pre_tokenizer = "qwen2"
 backend = "cpu"
 """
 PRUNED = "model-GLOBAL40-Q8_0.gguf"
+HOST = "the-host-of-this-run"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,9 @@ def place(tmp_path_factory, checkpoint_dir, llama):
     shutil.copyfile(builtin.texts()["eval_code"], folder / "eval.txt")
     (folder / "model").symlink_to(checkpoint_dir)
     (folder / "r.toml").write_text(RECIPE)
-    said = typed("compress", "--recipe", folder / "r.toml", "--ratio", 0.4, "-o", folder / "out", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: HOST)
+        said = typed("compress", "--recipe", folder / "r.toml", "--ratio", 0.4, "-o", folder / "out", "--json")
     assert json.loads(said)["failures"] == []
     return folder
 
@@ -100,6 +109,51 @@ def test_damage_is_found_with_its_name_and_both_hashes(place, tmp_path):
     assert "that run was not done: KL divergence of 9" in typed("verify", copy, "--fast", code=1)
 
 
+def test_which_files_say_where_and_when(place):
+    """As docs/trust.md has it. The command names the recipe and the folder by their paths."""
+    files = {path.name: path.read_bytes() for path in (place / "out").glob("[!.]*") if path.is_file()}
+    assert {"README.md", "report.md", "verified.json", "state.json", "stats.safetensors", PRUNED} < set(files)
+    placed = {n for n, data in files.items() if str(place).encode() in data}
+    assert placed == {"report.json", "report.html", "recipe.toml"}
+    assert {n for n, data in files.items() if re.search(rb"20\d\d-\d\d-\d\dT\d\d:\d\d", data)} == {"report.json"}
+    assert b"gguftool compress --recipe r.toml --ratio 0.4 -o out --json" in files["README.md"]
+    assert not [n for n, data in files.items() if HOST.encode() in data]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_not_taken_for_the_one_before_it(place, tmp_path, monkeypatch):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    (copy / "fit.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "judge", interrupt)
+        carry_out(load(place / "r.toml"), copy)  # a ratio of 0.25
+    assert load(copy / "recipe.toml").ratio == 0.25 and (copy / PRUNED).is_file()
+    stopped = "has not come to its end: Interrupted at 'perplexity and KL divergence'"
+    for way in (["--fast"], ["--scratch", tmp_path / "again"]):
+        assert stopped in typed("verify", copy, *way, code=1)
+    with pytest.raises(GgufToolError, match=stopped):
+        gguftool.verify(copy, fast=True)
+    assert not (copy / "verified.json").exists() and not (copy / "fit.json").exists()
+
+
+def test_a_run_that_is_stopped_behind_its_record_is_not_done(place, tmp_path, monkeypatch):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    recipe = replace(load(copy / "recipe.toml"), made=None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "add_extras", interrupt)
+        carry_out(recipe, copy)
+    said = typed("verify", copy, "--fast", code=1)
+    assert "the files are what was made, but that run was not done: Interrupted at 'checks of what was" in said
+    assert len(gguftool.verify(copy, fast=True)) == 1
+    (copy / "report.json").unlink()  # taken elsewhere without it, the files are still those that were recorded
+    assert "as they were made" in typed("verify", copy, "--fast") and gguftool.verify(copy, fast=True) == []
+
+
 def test_a_folder_without_a_run_is_none(tmp_path, place):
     assert "gguftool compress" in typed("verify", tmp_path, code=1)
     (tmp_path / "verified.json").write_text("{}")
@@ -109,6 +163,39 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
     assert "--scratch" in typed("verify", place / "out", code=1)
     assert (place / "out.verify" / "mine.txt").read_text() == "dear"
     shutil.rmtree(place / "out.verify")
+
+
+def test_the_folder_that_one_stands_in_can_be_verified(place, monkeypatch):
+    seen = []
+
+    def made_again(folder, scratch, _):
+        seen.append(scratch)
+        scratch.mkdir()
+        return []
+
+    monkeypatch.setattr(runs, "replay", made_again)
+    monkeypatch.chdir(place / "out")
+    (place / "out" / "inside").mkdir()
+    for name in (".", "inside/..", "../out"):
+        assert "byte for byte the same" in typed("verify", name)
+    assert seen == 3 * [place / "out.verify"] and not (place / "out.verify").exists()
+    (place / "out" / "inside").rmdir()
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "state.json.partial"]])
+def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, place, monkeypatch):
+    def stopped(folder, scratch, _):
+        scratch.mkdir()
+        for name in left:  # what is there before the state is: `.lock` of a killed one
+            (scratch / name).touch()
+        raise GgufToolError("stopped")
+
+    monkeypatch.setattr(runs, "replay", stopped)
+    assert "stopped" in typed("verify", place / "out", code=1)
+    assert (place / "out.verify").is_dir()
+    monkeypatch.setattr(runs, "replay", lambda *_: [])
+    assert "byte for byte the same" in typed("verify", place / "out")
+    assert not (place / "out.verify").exists()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +209,14 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
         (["model", "--data", "x", "--eval", "x"], 2, "give --ratio or --keep"),
         (["model", "--recipe", "code", "--depth", "1"], 2, "FIRST:LAST"),
         (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
+        (["model", "--recipe", "code", "--fit-ctx", "64"], 1, "--fit-ctx) is the context of a budget"),
+        (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi"], 1, "leave one of the two out"),
+        (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi", "--dry-run"], 1, "leave one of the two out"),
+        (
+            ["model", "--recipe", "code", "--eval", "a/x.txt", "--eval", "b/x.txt"],
+            1,
+            "two evaluation texts are called 'x'",
+        ),
     ],
 )
 def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama):
@@ -142,6 +237,16 @@ def test_recipes_are_listed_and_printed():
 def made(place, llama):
     job = job_of(load(place / "out" / "recipe.toml"), Ears())
     return job, pipeline.produce(job, place / "out", load(place / "out" / "recipe.toml").pruning, lambda _: None)
+
+
+def test_a_file_in_the_originals_own_type_is_the_pruned_one(made, tmp_path):
+    job, source = made[0], made[1].source
+    assert [source.has_encoding(name) for name in ("bf16", "F16", "F32", "Q8_0")] == [True, False, False, False]
+    work = Workspace(tmp_path, lambda _: None)
+    recipes = [Recipe("global", 0.5, target=target) for target in (None, "BF16")]
+    own, named = (pipeline.build(job, work, source, recipe) for recipe in recipes)
+    assert named.path == own.path == tmp_path / "model-GLOBAL50-BF16.gguf" and own.path.is_file()
+    assert (named.label, named.encoding) == ("global 50 % BF16", "BF16")
 
 
 def assessed(made):
@@ -185,6 +290,29 @@ def test_backends_that_disagree_are_a_failure(made, place, monkeypatch):
     monkeypatch.setattr(pipeline, "crosscheck", lambda *_, **__: CrossCheck({}, 0.05, 0.1))
     assert pipeline.backends_apart(*made) == []
     assert assessed(made).failures == () and Verified.load(place / "out").failures == ()
+
+
+def test_a_perplexity_that_is_not_finite_ends_the_run_with_a_report_that_says_why(place, tmp_path, monkeypatch):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    compare, lost = pipeline.compare_many, Estimate(math.inf, math.nan)
+
+    def broken(*arguments, **options):
+        return [
+            replace(one, divergence=replace(
+                one.divergence, ppl=lost, ln_ppl_ratio=lost,
+                kld=KlStatistics(*[math.nan] * 8, histogram=one.divergence.kld.histogram),
+            )) for one in compare(*arguments, **options)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(pipeline, "compare_many", broken)
+    said = typed("compress", "--recipe", copy / "recipe.toml", "-o", copy, "--no-extras", "--quiet", code=1)
+    fault = "global 40 % Q8_0 on eval: perplexity inf (original "
+    assert said.count("error: ") == 1 and "not done, the files are kept: " in said and fault in said
+    status = json.loads((copy / "report.json").read_text())["status"]
+    assert status["state"] == "failed" and fault in status["message"] and "not finite" in status["message"]
+    assert fault in (copy / "report.html").read_text() and fault in (copy / "report.md").read_text()
+    assert "not finite" in typed("verify", copy, "--fast", code=1)
 
 
 def row(kld, err=0.0, ppl=12.0, base=10.0, largest=1.0):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
-from math import exp, sqrt
+from math import exp, inf, nan, sqrt
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from gguftool.crosscheck import crosscheck, judge
 from gguftool.errors import GgufToolError
 from gguftool.evaluate import ln_ppl_tolerance
 from gguftool.gguf_file import GgufFile, copied_entries, write_gguf
-from gguftool.optests import OpCounts, count_backend_ops, count_moe_skip, run_backend_ops
+from gguftool.optests import SKIP_OPS, OpCounts, count_backend_ops, count_moe_skip, run_backend_ops
 from gguftool.runtime import built, find, locate, require
+from gguftool.runtime_base import patch_files
 
 GREEN, RED, END = "\x1b[1;32m", "\x1b[1;31m", "\x1b[0m"
 PRINTED = f"""Testing 1 devices
@@ -46,6 +48,38 @@ def test_cases_are_counted_as_they_are_printed():
     refused = "  ADD_ID_SKIP(type_a=f32): not supported [Vulkan0]\n"
     (count,) = count_backend_ops(("ADD_ID_SKIP",), 0, refused)
     assert count.ok and str(count) == "0 passed, 1 on CPU, 0 failed"
+
+
+def test_every_operation_that_the_patches_add_cases_of_is_run():
+    """test-backend-ops matches names exactly: one that is not asked for is not run, without a word."""
+    added = {
+        name for path in patch_files() for name in re.findall(r'^\+ +return "(\w+_SKIP)";', path.read_text(), re.M)
+    }
+    assert added == set(SKIP_OPS)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "ok"),
+    [
+        ("cpu", "cpu", False),
+        ("cuda", "gpu", False),
+        ("cuda", "igpu", False),
+        ("metal", "gpu", False),
+        ("vulkan", "cpu", False),
+        ("vulkan", "gpu", True),
+        ("metal", "accel", True),
+    ],
+)
+def test_a_device_that_has_to_compute_may_not_refuse_everything(backend, kind, ok, runtime, monkeypatch):
+    """CUDA without its word for skipping rows: the scheduler gives it none, and every case is "not supported"."""
+    refused = OpCounts("MUL_MAT_ID_SKIP", 0, 7, 0)
+    monkeypatch.setattr(selftest, "run_backend_ops", lambda *_: [refused, replace(refused, passed=1)])
+    monkeypatch.setattr(selftest, "run_moe_skip", lambda _: OpCounts("test-moe-skip", 1, 0, 0))
+    where = selftest._Where(replace(runtime, backend=backend), "X0", "a device")
+    found = list(selftest._check_operations(where, kind, False))
+    assert [check.ok for check in found[:4]] == [ok, True, ok, True]
+    assert ("refuses what its backend was patched to compute" in found[0].text) is not ok
+    assert [check.name for check in found[4:]] == ["test-moe-skip"] * (kind == "cpu") and all(c.ok for c in found[4:])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +109,7 @@ def test_a_device_that_is_not_there_fails(runtime):
 
 
 # Few cases of every operation.
-FEW = "m=48,n=4,k|type_a=(f32|q4_K),.*n_used=2,b=0,m=512,n=1,k|n_token=1(,|$)"
+FEW = "m=48,n=4,k|type_a=(f32|q4_K),.*n_used=2,b=0,m=512,n=1,k|n_token=1(,|$)|type=(f32|q4_K),.*,m=8,.*,skip=3"
 
 
 @pytest.fixture
@@ -104,10 +138,10 @@ def test_the_cpu_passes(quick, runtime, capsys, monkeypatch):
     assert code == 0 and found["ok"]
     checks = {check["check"]: check for check in found["checks"]}
     assert set(checks) == {
-        "MUL_MAT_ID_SKIP", "ADD_ID_SKIP", "MUL_MAT_ID", "ADD_ID", "test-moe-skip",
+        *SKIP_OPS, "MUL_MAT_ID", "ADD_ID", "test-moe-skip",
         "BF16, prompt", "BF16, generation", "Q4_K_M, prompt", "Q4_K_M, generation",
     }  # fmt: skip
-    assert all(checks[op]["passed"] > 0 and not checks[op]["failed"] for op in ("MUL_MAT_ID_SKIP", "ADD_ID"))
+    assert all(checks[op]["passed"] > 0 and not checks[op]["failed"] for op in (*SKIP_OPS, "ADD_ID"))
     # A skipped row is zero and a padded neuron adds zero: on x86 nothing at all differs.
     models = [check for check in checks.values() if "kld" in check]
     assert all(0 <= check["kld"] < check["kld_tolerance"] / 10 and 5 < check["ppl"] < 50 for check in models)
@@ -241,6 +275,14 @@ def test_backends_that_differ_are_exit_code_1(two_runtimes, base_gguf, eval_text
     code, found, said = command(capsys, monkeypatch, *arguments)
     assert code == 1 and not found["ok"] and "the backends differ by" in said and "selftest" in said
     assert judge({"a": measured("cpu"), "b": measured("cpu")}).ok
+
+
+def test_a_backend_whose_perplexity_is_not_finite_agrees_with_none():
+    def measured(ppl):
+        return {"base": {"ppl": 10.0}, "pruned": {"ppl": ppl}, "tokens": 6120}
+
+    for broken in (nan, inf):
+        assert not judge({"a": measured(10.0), "b": measured(broken)}).ok
 
 
 def test_a_backend_that_is_not_built_is_named_before_anything_runs(runtime, base_gguf, eval_text, monkeypatch):

@@ -26,8 +26,8 @@ ROWS = [
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
     ({"parts"}, {"numpy"}),
     ({"sources"}, set()),
-    ({"recipe_file"}, set()),
     ({"saliency", "plan", "tiers", "encoding"}, {"numpy"}),
+    ({"recipe_file"}, set()),
     ({"schedules"}, {"numpy"}),
     ({"methods", "layout", "overrides"}, {"numpy", "safetensors"}),
     ({"planner", "variants", "coverage", "routing"}, {"numpy"}),
@@ -61,6 +61,8 @@ ROWS = [
     ({"calibrate", "refit", "dern", "writer", "expand", "quantize", "convert", "evaluate", "inspection"},
      {"numpy", "torch", "transformers", "gguf", "llama_cpp"}),
     ({"sequential", "gguf_calibrate", "gguf_refit"}, {"numpy", "torch"}),
+    ({"calibration"}, {"torch"}),
+    ({"refitting"}, {"torch"}),
     ({"probe"}, set()),
     ({"bench", "bench_worker"}, {"numpy", "llama_cpp"}),
     ({"bench_calibrate", "bench_calibrate_worker"}, {"numpy", "torch"}),
@@ -73,12 +75,12 @@ ROWS = [
     ({"report_html", "model_card"}, {"yaml"}),
     ({"report_files"}, set()),
     ({"workspace"}, set()),
-    ({"journal"}, set()),
+    ({"verification"}, set()),
+    ({"journal", "measurements"}, set()),
     ({"live"}, {"rich"}),
     ({"terminal"}, {"rich"}),
     ({"runtime_report", "sweep_report", "stats_report"}, {"rich"}),
     ({"plot"}, {"matplotlib"}),
-    ({"verification", "measurements"}, set()),
     ({"outline"}, {"gguf"}),
     ({"budget", "budget_worker"}, {"llama_cpp"}),
     ({"prepare"}, {"numpy"}),
@@ -162,6 +164,16 @@ def test_every_help_ends_in_an_example_that_can_be_typed(name, command):
         if not isinstance(command, click.Group):
             # Raises for an option that there is not, and for an argument too many.
             command.make_context(name, list(arguments))
+
+
+def test_help_says_who_takes_another_method_where_none_is_named():
+    options = {name: next(o for o in commands(cli)[name].params if "--method" in o.opts) for name in
+               ("plan", "sweep", "compress", "fit")}  # fmt: skip
+    default = {name: option.default[0] if option.multiple else option.default for name, option in options.items()}
+    for name, option in options.items():
+        others = [other for other in options if default[other] != default[name]]
+        assert len(others) == 2
+        assert f"{' and '.join(f'`{other}`' for other in others)} take {default[others[0]]}" in option.help
 
 
 def test_there_is_no_example_of_a_command_that_is_none():

@@ -370,6 +370,35 @@ def test_numbers_are_those_of_the_files(tiny: dict[str, Path], out: Path, runtim
     assert before == {path: path.stat().st_mtime_ns for path in (out / "models").glob("*.gguf")}
 
 
+def test_texts_of_one_name_are_told_apart_and_files_can_be_kept_later(
+    tiny: dict[str, Path], out: Path, tmp_path: Path, runtime: Any, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, news = tmp_path / "code" / "test.txt", tmp_path / "news" / "test.txt"
+    for path, text in ((code, "eval_a"), (news, "eval_b")):
+        path.parent.mkdir()
+        shutil.copyfile(tiny[text], path)
+    groups = {"in": [code], "out": [news], "all": [news, tiny["eval_c"], code]}
+    # The base is BF16: by that name its type is no further file.
+    own = {"variants": [parse_variant("global")], "targets": [None, "BF16", "Q8_0"], "groups": groups}
+    job, said = job_of(tiny, runtime, llama), []
+    report = sweep.run(job, out, grid_of(tiny, 0.5, **own), said.append)
+    assert [row.name.label for row in report.rows] == ["global 50 %", "global 50 % Q8_0", "unpruned Q8_0"]
+    assert len({score.kl for score in report.rows[0].scores.values()}) == 3
+    page = (out / "sweep.md").read_text()
+    for texts in (f"{code}. ", f"{news}. ", f"{news}, eval_c.txt, {code}. "):
+        assert f"\nTexts: {texts}" in page
+    # Asked for the files of what is measured already, it makes them and measures nothing.
+    monkeypatch.setattr(sweep, "compare_many", lambda *_, **__: pytest.fail("measured again"))
+    keeping = grid_of(tiny, 0.5, keep_files=True, **own)
+    assert sweep.run(job, out, keeping, said.append).as_dict() == report.as_dict()
+    kept = sorted(path.stat().st_size for path in (out / "models").glob("*.gguf"))
+    assert kept == sorted(row.bytes for row in report.rows) and "0 of 3 models are measured and kept already" in said
+    for name in ("build", "quantize_base"):
+        monkeypatch.setattr(sweep, name, lambda *_, **__: pytest.fail("made again"))
+    sweep.run(job, out, keeping, said.append)
+    assert said[-1] == "3 of 3 models are measured and kept already" and not (out / sweep.SCRATCH).exists()
+
+
 def test_seeds_take_other_windows_and_other_random_experts(
     tiny: dict[str, Path], out: Path, runtime: Any, llama: Any
 ) -> None:

@@ -30,6 +30,56 @@ def test_the_set_of_tiers_is_the_best_there_is(seed, max_tiers, price):
     assert found == pytest.approx(brute_force(curves, grid, price, max_tiers), abs=1e-9)
 
 
+def by_loops(curves, grid, price, max_tiers):
+    """`best_widths` in plain loops: the same sums in another order, the same ties."""
+    cost = price * grid[None, :] - curves
+    wish, count = cost.argmin(axis=1), len(grid)
+    between = np.full((count, count), np.inf)
+    for i in range(count):
+        for j in range(i + 1, count):
+            inside = (wish > i) & (wish <= j)
+            between[i, j] = np.minimum(cost[inside, i], cost[inside, j]).sum()
+    above = np.array([cost[wish > i, i].sum() for i in range(count)])
+    best = np.full((max_tiers + 1, count), np.inf)
+    came = np.zeros((max_tiers + 1, count), dtype=np.int64)
+    best[0, 0] = cost[wish == 0, 0].sum()
+    for used in range(1, max_tiers + 1):
+        step = best[used - 1][:, None] + between
+        came[used], best[used] = step.argmin(axis=0), step.min(axis=0)
+    used, last = np.unravel_index(np.argmin(best + above[None, :]), best.shape)
+    chosen = [int(last)]
+    while used > 0:
+        chosen.append(int(came[used, chosen[-1]]))
+        used -= 1
+    allowed = np.array(sorted({0, *chosen}))
+    return allowed[cost[:, allowed].argmin(axis=1)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 24), st.integers(1, 40), st.sampled_from([0.0, 0.4, 1.0])
+)
+def test_widths_are_those_of_plain_loops_ties_included(seed, max_tiers, price, n_expert, dead):
+    """Values in sixty-fourths add up without rounding in any order, so that what is equal is equal to the bit; there are
+    many equal ones, experts without any value, and experts that are alike."""
+    rng = np.random.default_rng(seed)
+    grid = width_grid(96, 8)
+    saliency = np.floor(rng.random((1, n_expert, 96)) ** 3 * 24) / 64
+    saliency[:, rng.random(n_expert) < dead] = 0.0
+    curves = value_curves(saliency[:, rng.integers(0, n_expert, n_expert)], grid)[0]
+    want = by_loops(curves, grid, price / 64, max_tiers)
+    assert np.array_equal(best_widths(curves, grid, price / 64, max_tiers), want)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_widths_are_those_of_plain_loops(seed):
+    rng = np.random.default_rng(seed)
+    grid = width_grid(512, 8)
+    curves = value_curves(rng.random((1, 64, 512)) ** 4 * rng.random((1, 64, 1)), grid)[0]
+    for price in (0.0, 0.003, 0.05, 0.2):
+        assert np.array_equal(best_widths(curves, grid, price, 4), by_loops(curves, grid, price, 4))
+
+
 def test_grid():
     assert width_grid(100, 32).tolist() == [0, 32, 64, 96, 100]
     assert width_grid(64, 64).tolist() == [0, 64]

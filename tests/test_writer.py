@@ -1,4 +1,5 @@
 import struct
+from collections import Counter
 
 import gguf
 import numpy as np
@@ -95,6 +96,46 @@ def test_tiers_hold_the_planned_weights(kind, tmp_path):
                         stack[row[expert]], whole[expert][:, kept] if role == "down" else whole[expert][kept]
                     )
     assert cut.read_tier_map(new, 1) is None
+
+
+def test_tiers_read_each_expert_once_and_alone(plain, tmp_path, monkeypatch):
+    """Four tiers of one layer, three of another, an expert that goes, and a layer that stays."""
+    plan, read, largest = make_plan([[64, 32, 48, 16], [64, 64, 64, 64], [0, 48, 8, 16]], K, TOP), Counter(), Counter()
+    original = GgufFile.piece
+
+    def piece(self, spec, start, stop):
+        read[spec.name] += stop - start
+        largest[spec.name] = max(largest[spec.name], stop - start)
+        return original(self, spec, start, stop)
+
+    monkeypatch.setattr(GgufFile, "piece", piece)
+    prune(plain, plan, tmp_path / "out.gguf")
+    for spec in GgufFile(plain).tensors:
+        parts = E if "_exps" in spec.name and not spec.name.startswith("blk.1.") else 1
+        stays = 3 if parts == E and spec.name.startswith("blk.2.") else parts
+        assert (read[spec.name], largest[spec.name]) == (stays * spec.nbytes // parts, spec.nbytes // parts), spec.name
+
+
+def test_matrices_biases_and_numbers_of_single_experts(plain, tmp_path):
+    rng = np.random.default_rng(1)
+    more = {
+        f"blk.0.ffn_{name}": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in {"down_exps.bias": (E, D), "up_exps.bias": (E, K), "down_exps.scale": (E,)}.items()
+    }
+    base = GgufFile(rewrite(plain, tmp_path / "base.gguf", add=more))
+    for spec in (spec for spec in base.tensors if "_exps" in spec.name):
+        raw = base.raw(spec)
+        whole = raw if raw.ndim > 1 else raw.reshape(E, -1)
+        assert all(np.array_equal(base.expert(spec, e), whole[e]) for e in range(E)), spec.name
+    prune(base.path, make_plan(WIDTHS, K, TOP), tmp_path / "out.gguf")
+    out, layer = GgufFile(tmp_path / "out.gguf"), make_plan(WIDTHS, K, TOP).layers[0]
+    for tier, row in enumerate(cut.read_tier_map(out, 0)):
+        for expert in np.nonzero(row >= 0)[0]:
+            bias, up, scale = (floats(out, f"blk.0.ffn_{n}") for n in (
+                f"down_exps.{tier}.bias", f"up_exps.{tier}.bias", f"down_exps.{tier}.scale"))  # fmt: skip
+            assert np.array_equal(bias[row[expert]], more["blk.0.ffn_down_exps.bias"][expert])
+            assert np.array_equal(up[row[expert]], more["blk.0.ffn_up_exps.bias"][expert][layer.retained[expert]])
+            assert scale[row[expert]] == more["blk.0.ffn_down_exps.scale"][expert]
 
 
 def test_whole_experts_are_dropped_bit_for_bit_from_a_quantized_file(tmp_path):
@@ -248,14 +289,14 @@ def test_check_finds_what_is_wrong(plain, tmp_path):
     prune(plain, make_plan(WIDTHS, K, TOP), tmp_path / "out.gguf")
     file = GgufFile(tmp_path / "out.gguf")
     spec = next(t for t in file.tensors if t.name == "blk.0.ffn_exps_tier.weight")
-    offset = file.offset(spec.name)
+    offset = file._offsets[spec.name]
     raw = bytearray((tmp_path / "out.gguf").read_bytes())
     raw[offset : offset + 4] = struct.pack("<i", 7)
     (tmp_path / "map.gguf").write_bytes(raw)
     with pytest.raises(GgufToolError, match="indices of tier 0"):
         inspect(GgufFile(tmp_path / "map.gguf"))
     nan = bytearray((tmp_path / "out.gguf").read_bytes())
-    where = file.offset("output_norm.weight")
+    where = file._offsets["output_norm.weight"]
     nan[where : where + 4] = struct.pack("<f", float("nan"))
     (tmp_path / "nan.gguf").write_bytes(nan)
     assert check(inspect(GgufFile(tmp_path / "nan.gguf"))) == ["output_norm.weight: holds values that are not finite"]
