@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import hypot
+from math import hypot, inf, isfinite
 
 from .fit_report import CHOSEN, MEASURED, Weighed
 from .tradeoff import SURE
 
 
 def mean_kl(row: Weighed) -> float:
-    """The mean KL of a row that was measured."""
+    """The mean KL of a row that was measured; one that is not finite is worse than any other."""
     assert row.kl is not None
-    return row.kl
+    return row.kl if isfinite(row.kl) else inf
 
 
 def is_past(walked: Sequence[Weighed]) -> bool:

@@ -18,7 +18,7 @@ from gguftool.checkpoint import open_checkpoint
 from gguftool.cli import cli
 from gguftool.errors import GgufToolError
 from gguftool.fit import Ask, candidates, check, weigh
-from gguftool.fit_choose import is_past, verdict
+from gguftool.fit_choose import is_past, mean_kl, verdict
 from gguftool.fit_report import CHOSEN, LEFT_OUT, MEASURED, TOO_LARGE, Weighed
 from gguftool.fit_solve import Choice, Solver, targets_for
 from gguftool.gguf_file import GgufFile, KeyValue
@@ -189,6 +189,11 @@ def test_the_verdict_names_the_rivals() -> None:
     assert "the best unpruned one, unpruned Q3_K_M, has 0.02050" in text and "within two standard" in text
     assert "the next pruned one, auto 40 % Q5_K_M, has 0.05000" in text
     assert verdict([row("a", 0, 1)]) == ""
+
+
+def test_what_is_not_finite_is_never_the_least() -> None:
+    rows = [row("broken", 0.3, float("nan")), row("whole", 0.4, 0.05), row("far", 0.5, float("inf"))]
+    assert min(rows, key=mean_kl).label == "whole" and min(rows[::-1], key=mean_kl).label == "whole"
 
 
 class FakeBench:
