@@ -103,8 +103,10 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
             *notes,
             "nothing was refitted: whole experts went, and the weights of the others add up to 1 as before",
         )
+    # A checkpoint of several types (gpt-oss) is called by the commonest; that name is the quantized file's then.
+    mixed = target == source.encoding and not source.has_encoding(target)
     pruned = work.step(
-        f"{stem}-{source.encoding}.gguf",
+        f"{stem}-{source.encoding}{'-mixed' if mixed else ''}.gguf",
         kept,
         lambda path: _prune(job, base, plan, weights, path),
     )

@@ -213,7 +213,8 @@ def layer_plan(stats: CalibrationStats, whole: PrunePlan, recipe: Recipe, layer:
     values = -np.sort(-np.maximum(saliency, 0.0), axis=1)
     lost = sum(float(own[width:].sum()) for own, width in zip(values, widths, strict=True))
     layers = (*whole.layers[:row], keep_layer(layer, saliency, widths), *whole.layers[row + 1 :])
-    plan = replace(whole, recipe=recipe, layers=layers, notes=(f"layer {layer} alone",), tensors=())
+    # Its layout is not that of the whole model's plan; the writer decides.
+    plan = replace(whole, recipe=recipe, layers=layers, notes=(f"layer {layer} alone",), layout="", tensors=())
     plan.check()
     return plan, lost
 

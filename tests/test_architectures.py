@@ -369,6 +369,11 @@ def test_experts_in_mxfp4_are_quantized_again_and_the_run_says_so(checkpoints, r
             tensors = GgufFile(file).tensors
             assert ("MXFP4" in {spec.type for spec in tensors}) != twice
             assert planned is None or {(t.name, t.type) for t in tensors} == {(t.name, t.type) for t in planned}
+    # To the type of all the rest: the name that goes with it is the final file's, and what was pruned is there too.
+    plain = produce(job, tmp_path / "out", Recipe("auto", 0.4, target="BF16"), lambda _: None).built.path
+    (pruned,) = (tmp_path / "out").glob("*40*-BF16-mixed.gguf")
+    types = [{spec.type for spec in GgufFile(file).tensors} for file in (plain, pruned)]
+    assert types == [{"BF16", "F32", "I32"}, {"BF16", "MXFP4", "F32", "I32"}]
     # `fit` tries the type that keeps the experts too, and none that takes more than the original.
     kept, notes = targets_for(made.source, ("BF16", "Q4_0"), Base.open(made.source.base))
     assert kept == ["MXFP4_MOE", "Q4_0"] and notes[0].startswith("BF16: not tried")
