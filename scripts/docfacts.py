@@ -77,9 +77,8 @@ def _figures(name: str) -> list[str]:
     built_in, larger = results()
     labels = [name, f"{name}+refit"]
     lines: list[str] = []
-    small = [
-        (r, built_in[label]) for r in RATIOS for label in (f"{name} {r}", f"{name} {r} + refit") if label in built_in
-    ]
+    kinds = ("", " + refit", " + sequential refit")
+    small = [(r, built_in[label]) for r in RATIOS for kind in kinds if (label := f"{name} {r}{kind}") in built_in]
     if small:
         lines += ["| built-in model | size | KL, code | KL, prose |", "|---|--:|--:|--:|"]
         lines += [
