@@ -231,7 +231,7 @@ def _weights_of(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _refusal(needs: Needs, choices: tuple[torch.dtype, ...], limit: int, what: str) -> str:
-    """What is missing, in numbers, and what to do about it."""
+    """What is missing, in numbers, and what to do about it, in words: commands, recipes and functions name the same things otherwise."""
     kind = " or ".join(str(choice).removeprefix("torch.") for choice in choices)
     least = needs.peak(1, min(1, needs.n_expert), 1, False)
     parts = [
@@ -244,12 +244,12 @@ def _refusal(needs: Needs, choices: tuple[torch.dtype, ...], limit: int, what: s
     if needs.n_expert:
         parts.append(f"second moments {gib(needs.moment)} an expert and {gib(needs.solve)} to solve it")
         if what == "calibrate" and needs.peak(1, 0, 1, False) <= limit:
-            remedies.append("--no-obs")
+            remedies.append("calibrating with --no-obs")
     if choices == (torch.float32,):
-        remedies.append("--dtype bfloat16")
+        remedies.append("computing in bfloat16")
     if needs.window > needs.layer // 8:
-        remedies.append("a shorter --ctx")
-    remedies.append(f"--memory {gib(least, up=True).replace(' ', '')} or more")
+        remedies.append("shorter windows")
+    remedies.append(f"a limit of {gib(least, up=True).replace(' ', '')} or more")
     return (
         f"a limit of {gib(limit)} does not hold what one layer takes in {kind}, {gib(least)} at least: {', '.join(parts)}; "
         f"hidden states ({gib(needs.hidden)}) would lie in a file. What helps: {', '.join(remedies)}"

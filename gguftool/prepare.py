@@ -221,8 +221,9 @@ def check_names(job: Job) -> None:
 
 def _check_evaluation(job: Job, tokenizer: Tokenizer) -> None:
     if job.n_ctx < 4 or (job.eval_windows is not None and job.eval_windows < 1):
+        taken = "all" if job.eval_windows is None else job.eval_windows
         raise GgufToolError(
-            f"--ctx {job.n_ctx}, --eval-windows {job.eval_windows}: at least 4 and 1 are needed to score"
+            f"windows of {job.n_ctx} tokens, {taken} of each evaluation text: at least 4 tokens and 1 window are needed to score"
         )
     for path in job.evaluation:
         load_domain(path, tokenizer, job.n_ctx, 1)

@@ -43,8 +43,11 @@ OPTIONS = {
 }
 if sys.platform != "win32":
     # Where the inner loops lie decides a few per cent of their speed. With functions at cache lines a patch to one file
-    # does not move the loops of the others.
-    OPTIONS |= {f"CMAKE_{language}_FLAGS_RELEASE": "-O3 -DNDEBUG -falign-functions=64" for language in ("C", "CXX")}
+    # does not move the loops of the others. No kernels for AMX: those who compile with GCC 12 lose the stores of a tile
+    # configuration to its dead-store elimination, and the first prompt ends in SIGSEGV (ggml-org/llama.cpp#20824); experts
+    # have no such kernels anyway.
+    _FLAGS = "-O3 -DNDEBUG -falign-functions=64 -U__AMX_INT8__"
+    OPTIONS |= {f"CMAKE_{language}_FLAGS_RELEASE": _FLAGS for language in ("C", "CXX")}
 # From the fastest to the slowest: what `auto` takes first of what has been built.
 BACKENDS = {"cuda": {"GGML_CUDA": "ON"}, "metal": {"GGML_METAL": "ON"}, "vulkan": {"GGML_VULKAN": "ON"}, "cpu": {}}
 

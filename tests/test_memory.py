@@ -143,7 +143,7 @@ def test_more_memory_is_used_and_less_is_enough(monkeypatch, checkpoint):
         "1.00 GiB) would lie in a file",
     ):
         assert number in text, text
-    assert "--dtype bfloat16" in text and "--memory 3.04GiB or more" in text and "--no-obs" not in text
+    assert "computing in bfloat16" in text and "a limit of 3.04GiB or more" in text and "--no-obs" not in text
 
 
 def test_without_costs_more_fits(monkeypatch, checkpoint):
