@@ -205,7 +205,7 @@ def check_names(models: Sequence[str], types: Sequence[str]) -> None:
 
 def measure(
     model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
-    starts: int = 4, rounds: int = 12, n_layer: int = 0, progress: Progress | None = None,
+    starts: int = 4, rounds: int = 6, n_layer: int = 0, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
 
