@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "gguftool"
 
 # A module imports only from rows above its own. Third parties are what a row may use besides the rows above it.
 ROWS = [
-    ({"errors", "processes", "strict_json"}, set()),
+    ({"errors", "printable", "processes", "strict_json"}, set()),
     ({"durable"}, set()),
     ({"architectures", "tensors"}, set()),
     ({"recipe", "stats"}, {"numpy", "safetensors"}),
