@@ -50,6 +50,8 @@ def verify(folder: Path, fast: bool, scratch: Path | None, as_json: bool, quiet:
     """
     from .verification import Verified, not_done, recheck
 
+    if fast and scratch is not None:
+        raise click.UsageError("--fast makes nothing again; leave --scratch out")
     terminal = make_terminal(as_json, quiet)
     was = Verified.load(folder)
     why = not_done(folder, was)
