@@ -147,6 +147,23 @@ def test_every_command_and_option_has_help_and_stands_in_the_readme():
             assert isinstance(option, click.Argument) or option.help, f"{name} {option.name}"
 
 
+# Whole numbers that are held against more than a bound, or by a recipe that may come from a file, before anything is done.
+CHECKED_LATER = {
+    "compress fit_ctx", "compress eval_windows", "fit ctx", "fit n_ctx", "fit eval_windows",
+    "sweep seeds", "stats show layer",
+}  # fmt: skip
+
+
+def test_every_whole_number_has_its_bounds():
+    free = {
+        f"{name} {option.name}"
+        for name, command in commands(cli).items()
+        for option in command.params
+        if isinstance(option.type, type(click.INT)) and not isinstance(option.type, click.IntRange)
+    }
+    assert free == CHECKED_LATER
+
+
 def groups(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
     found: dict[str, click.Command] = {prefix.strip(): group}
     for name, command in group.commands.items():
