@@ -120,7 +120,9 @@ def bench_runtime(
     type=click.IntRange(0),
     help="Windows that an observer of all experts sees; 0: none.",
 )
-@click.option("--rounds", default=3, show_default=True, type=AT_LEAST_ONE, help="How often everything is timed, in turns.")
+@click.option(
+    "--rounds", default=3, show_default=True, type=AT_LEAST_ONE, help="How often everything is timed, in turns."
+)
 @click.option("--batch", default=4, show_default=True, type=AT_LEAST_ONE, help="Windows that run at once.")
 @click.option("--threads", default=2, show_default=True, type=AT_LEAST_ONE, help="Threads of torch.")
 @click.option(
@@ -132,7 +134,13 @@ def bench_runtime(
 )
 @click.option("--memory", metavar="SIZE", help="The limit that calibrate is given.")
 @click.option("--obs/--no-obs", default=True, show_default=True, help="Solve OBS costs in the memory runs.")
-@click.option("--tokens", default=131072, show_default=True, type=AT_LEAST_ONE, help="For how many the figures of the whole model are.")
+@click.option(
+    "--tokens",
+    default=131072,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="For how many the figures of the whole model are.",
+)
 @click.option(
     "--quick", is_flag=True, help="Tiny sizes where no others are given, to see that it runs; nothing is judged."
 )

@@ -70,6 +70,8 @@ SOURCE_HELP = (
     "the first that is there. LIMIT is the most documents, from the start. Where a file's own name has a : or @, the longest "
     "name that exists wins."
 )
+
+
 def _ctx_option(least: int) -> Callable[[Command], Command]:
     return click.option(
         "--ctx", "n_ctx", default=512, show_default=True, type=click.IntRange(least), help="Tokens in a window."

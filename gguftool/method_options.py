@@ -1,4 +1,4 @@
-"""Whether a recipe's options mean something to its method, and to the stats: one that would be ignored without a word is refused."""
+"""Whether a recipe's options mean something to its method and to the stats: what would be ignored without a word is refused."""
 
 from __future__ import annotations
 

@@ -222,7 +222,9 @@ def replay(folder: Path, scratch: Path, ears: Ears = Ears()) -> list[str]:
 def _check_scratch(folder: Path, scratch: Path) -> None:
     """Raises GgufToolError where the files in `scratch` are those of a run: they would be found there, and not made again."""
     if scratch.exists() and scratch.samefile(folder):
-        raise GgufToolError(f"{scratch} is {folder} itself, where nothing would be made again; name another with --scratch")
+        raise GgufToolError(
+            f"{scratch} is {folder} itself, where nothing would be made again; name another with --scratch"
+        )
     if found := next((name for name in (NAME, JSON, *RECORDS) if (scratch / name).exists()), None):
         raise GgufToolError(
             f"{scratch} holds a run of its own ({found}), whose files would be taken for those that are made again; name "

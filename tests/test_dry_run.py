@@ -98,7 +98,9 @@ def test_convert_of_a_model_that_only_the_converter_knows(ask, tmp_path, runtime
     model = tiny_checkpoint(tmp_path / "model", "qwen3")
     arguments = ("convert", model, "--pre-tokenizer", "qwen2", "-o", tmp_path / "x.gguf")
     said = ask(*arguments)
-    assert said["written"] is False and said["tensors"] is None and "no MoE architecture 'qwen3' is known" in said["why"]
+    assert (
+        said["written"] is False and said["tensors"] is None and "no MoE architecture 'qwen3' is known" in said["why"]
+    )
     assert list(tmp_path.iterdir()) == [model]
     cli.main([*map(str, arguments), "--quiet"], standalone_mode=False)
     assert tensors(tmp_path / "x.gguf")

@@ -88,7 +88,9 @@ def test_a_name_does_nothing_but_be_printed(capsys):
         table.add_row(kind(f"cell {HOSTILE}"))
         terminal.show({}, table)
         said = capsys.readouterr().out
-        assert only_prints(said) and all(rf"{where} \x1b]0;owned" in said for where in ("head", "title", "caption", "cell"))
+        assert only_prints(said) and all(
+            rf"{where} \x1b]0;owned" in said for where in ("head", "title", "caption", "cell")
+        )
     terminal.show({}, HOSTILE)
     terminal.say(HOSTILE)
     with terminal.progress() as update:
@@ -117,7 +119,9 @@ def test_names_out_of_a_file(command, tmp_path):
     if command == "inspect":
         name = KeyValue(HOSTILE, gguf.GGUFValueType.STRING)
         path = rebuild(
-            tiny_gguf(tmp_path / "sound.gguf"), tmp_path / "x.gguf", lambda entries, _: entries.update({"general.name": name})
+            tiny_gguf(tmp_path / "sound.gguf"),
+            tmp_path / "x.gguf",
+            lambda entries, _: entries.update({"general.name": name}),
         )
     else:
         stats, path = make_stats(), tmp_path / "x.safetensors"
