@@ -131,7 +131,8 @@ def verify(
     """What is no longer as `compress` made it in `folder`, a line each with both hashes, and why that run is not done, where
     it is not; [] where all is the same.
 
-    Without `fast` its recipe is carried out again, in `scratch` (which stays) or in a temporary folder.
+    Without `fast` its recipe is carried out again, in `scratch` (which stays, and must hold no run of its own) or in a temporary
+    folder.
     """
     from tempfile import TemporaryDirectory
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from .bench import Ratio
 from .errors import GgufToolError
+from .memory import parse_bytes
 from .processes import ending
 from .random_checkpoint import N_LAYERS, first_layers, layer_parameters, shape_named, write_random_checkpoint
 from .random_model import ModelShape
@@ -111,10 +112,10 @@ def measure(
 ) -> Result:  # fmt: skip
     """Measures one model in a scratch `folder`. `tokens`: for how many the whole model's figures are derived.
 
-    Raises GgufToolError for an unknown model, or where a process fails.
+    Raises GgufToolError for an unknown model and for options by which nothing can be measured, before anything is written, and
+    where a process fails.
     """
-    if len(options.layers) != 2 or options.layers[0] >= options.layers[1]:
-        raise GgufToolError(f"--layers {options.layers}: it takes two depths, the smaller one first, as 4,12")
+    _check(options)
     shape = shape_named(model)
     shape = tiny(shape) if quick else shape
     tell = progress or (lambda done, total, text: None)
@@ -134,6 +135,18 @@ def measure(
         tell(4, 4, "done")
     itemsize = 4 if options.dtype in ("float32", "auto") else 2
     return _result(model, shape, options, memory, rounds, layer_parameters(shape) * itemsize, quick, tokens)
+
+
+def _check(options: Options) -> None:
+    if len(options.layers) != 2 or not 1 <= options.layers[0] < options.layers[1]:
+        raise GgufToolError(f"--layers {options.layers}: it takes two depths, the smaller one first, as 4,12")
+    if options.observer_windows > options.speed_windows:
+        raise GgufToolError(
+            f"--observer-windows {options.observer_windows}: they are taken from the timed ones, of which there are "
+            f"{options.speed_windows} (--speed-windows)"
+        )
+    if options.memory is not None:
+        parse_bytes(options.memory)
 
 
 def tiny(shape: ModelShape) -> ModelShape:

@@ -30,6 +30,7 @@ from . import (
 )
 from .cli_examples import add_examples
 from .errors import GgufToolError
+from .printable import one_line
 from .processes import process_count, process_rank
 
 
@@ -69,14 +70,6 @@ def _fail(text: str) -> int:
         return 1  # the first of several processes speaks for all
     click.echo(f"error: {one_line(text)}", err=True)
     return 1
-
-
-def one_line(text: str, most: int = 1000) -> str:
-    """`text` as one line that a terminal only prints: names out of a file may hold line ends and control characters."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " ").strip()
-    )
-    return shown if len(shown) <= most else shown[:most] + "…"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

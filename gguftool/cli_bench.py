@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from .cli_options import make_terminal, output_options
+from .cli_options import AT_LEAST_ONE, make_terminal, output_options
 from .errors import GgufToolError
 
 
@@ -40,13 +42,25 @@ def bench() -> None:
     "--starts",
     default=4,
     show_default=True,
+    type=AT_LEAST_ONE,
     help="How often all processes are started anew; twice that on a noisy machine.",
 )
 @click.option(
-    "--rounds", default=6, show_default=True, help="How often each of them is asked, in turns; the best counts."
+    "--rounds",
+    default=6,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="How often each of them is asked, in turns; the best counts.",
 )
-@click.option("--layers", "n_layer", default=0, show_default=True, help="Layers of the files; 0 picks by size.")
-@click.option("--threads", default=2, show_default=True, help="Threads of llama.cpp.")
+@click.option(
+    "--layers",
+    "n_layer",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Layers of the files; 0 picks by size.",
+)
+@click.option("--threads", default=2, show_default=True, type=AT_LEAST_ONE, help="Threads of llama.cpp.")
 @click.option("--mmap/--no-mmap", default=False, show_default=True, help="Map the file, or read it.")
 @click.option("--repack/--no-repack", default=True, show_default=True, help="Let the CPU repack weights.")
 @click.option("--unpatched/--no-unpatched", default=True, show_default=True, help="Compare with llama.cpp as it is.")
@@ -94,15 +108,23 @@ def bench_runtime(
 @bench.command("calibrate")
 @click.option("--model", default="qwen3-30b-a3b", show_default=True, help="Layer sizes: qwen3-30b-a3b or mixtral-8x7b.")
 @click.option("--layers", default="4,12", show_default=True, help="Two depths whose memory is compared.")
-@click.option("--windows", default=8, show_default=True, help="Windows of the memory runs.")
-@click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
-@click.option("--speed-windows", default=48, show_default=True, help="Windows of the timed runs.")
+@click.option("--windows", default=8, show_default=True, type=AT_LEAST_ONE, help="Windows of the memory runs.")
 @click.option(
-    "--observer-windows", default=4, show_default=True, help="Windows that an observer of all experts sees; 0: none."
+    "--ctx", "n_ctx", default=512, show_default=True, type=click.IntRange(2, 32768), help="Tokens in a window."
 )
-@click.option("--rounds", default=3, show_default=True, help="How often everything is timed, in turns.")
-@click.option("--batch", default=4, show_default=True, help="Windows that run at once.")
-@click.option("--threads", default=2, show_default=True, help="Threads of torch.")
+@click.option("--speed-windows", default=48, show_default=True, type=AT_LEAST_ONE, help="Windows of the timed runs.")
+@click.option(
+    "--observer-windows",
+    default=4,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Windows that an observer of all experts sees; 0: none.",
+)
+@click.option(
+    "--rounds", default=3, show_default=True, type=AT_LEAST_ONE, help="How often everything is timed, in turns."
+)
+@click.option("--batch", default=4, show_default=True, type=AT_LEAST_ONE, help="Windows that run at once.")
+@click.option("--threads", default=2, show_default=True, type=AT_LEAST_ONE, help="Threads of torch.")
 @click.option(
     "--dtype",
     default="float32",
@@ -112,15 +134,25 @@ def bench_runtime(
 )
 @click.option("--memory", metavar="SIZE", help="The limit that calibrate is given.")
 @click.option("--obs/--no-obs", default=True, show_default=True, help="Solve OBS costs in the memory runs.")
-@click.option("--tokens", default=131072, show_default=True, help="For how many the figures of the whole model are.")
-@click.option("--quick", is_flag=True, help="Tiny sizes, to see that it runs; nothing is judged.")
+@click.option(
+    "--tokens",
+    default=131072,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="For how many the figures of the whole model are.",
+)
+@click.option(
+    "--quick", is_flag=True, help="Tiny sizes where no others are given, to see that it runs; nothing is judged."
+)
 @click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Where the files of some GB go.  [default: temporary]"
 )
 @output_options
+@click.pass_context
 def bench_calibrate(
-    model: str, layers: str, quick: bool, folder: Path | None, tokens: int, as_json: bool, quiet: bool, **options: Any
-) -> None:
+    context: click.Context, model: str, layers: str, quick: bool, folder: Path | None, tokens: int, as_json: bool,
+    quiet: bool, **options: Any,
+) -> None:  # fmt: skip
     """Memory and speed of calibration at the layer sizes of real models, against a plain forward pass.
 
     Random weights, a small vocabulary. Exits with 1 where a bar is missed. Nothing else should run meanwhile.
@@ -133,7 +165,11 @@ def bench_calibrate(
         depths = tuple(int(depth) for depth in layers.split(","))
     except ValueError:
         raise click.UsageError(f"--layers {layers!r} is not two numbers, as 4,12") from None
-    chosen = QUICK if quick else Options(layers=depths, **options)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"layers": depths, **options}
+    if quick:
+        default = ParameterSource.DEFAULT
+        given = {name: one for name, one in given.items() if context.get_parameter_source(name) != default}
+    chosen = replace(QUICK if quick else Options(), **given)
     with terminal.progress() as progress:
         result = measure(
             model, chosen, folder or Path(tempfile.gettempdir()), quick=quick, tokens=tokens, progress=progress

@@ -161,7 +161,9 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
 
 @click.command()
 @click.option("-o", "out", type=FILE, default=Path("demo-out"), show_default=True, help="Folder for everything.")
-@click.option("--eval-windows", default=24, show_default=True, help="Windows of each evaluation text.")
+@click.option(
+    "--eval-windows", default=24, show_default=True, type=click.IntRange(1), help="Windows of each evaluation text."
+)
 @click.option("--unpack", is_flag=True, help="Only write the built-in model and its texts, to try the commands on.")
 @backend_option
 @report_options

@@ -28,9 +28,7 @@ def convert(
     quiet: bool,
 ) -> None:  # fmt: skip
     """Convert a Hugging Face checkpoint with llama.cpp's own converter."""
-    from .checkpoint import open_checkpoint
     from .convert import convert as run
-    from .inventory import gguf_tensors
     from .runtime import require
 
     terminal = make_terminal(as_json, quiet)
@@ -44,10 +42,24 @@ def convert(
             progress=progress,
         )  # fmt: skip
     if dry_run:
-        _show_dry(terminal, out, list(gguf_tensors(open_checkpoint(model))), "a GGUF")
+        _show_dry_conversion(terminal, model, out)
         return
     size = out.stat().st_size
     terminal.show({"path": str(out), "bytes": size}, f"{out}: {size:,} bytes")
+
+
+def _show_dry_conversion(terminal: Terminal, model: Path, out: Path) -> None:
+    """What would be written; of a model that only the converter knows, that it would be."""
+    from .checkpoint import open_checkpoint
+    from .inventory import gguf_tensors
+
+    try:
+        tensors = list(gguf_tensors(open_checkpoint(model)))
+    except GgufToolError as error:
+        facts = {"path": str(out), "written": False, "tensor_bytes": None, "tensors": None, "why": str(error)}
+        terminal.show(facts, f"{out} would be a GGUF; its tensors are known to llama.cpp's converter only: {error}")
+        return
+    _show_dry(terminal, out, tensors, "a GGUF")
 
 
 @click.command()

@@ -31,6 +31,7 @@ class SourceType(click.ParamType):
 
 
 SOURCE = SourceType()
+AT_LEAST_ONE = click.IntRange(1)
 BACKEND_NAMES = ("auto", "cpu", "cuda", "metal", "vulkan")
 Command = Callable[..., None]
 
@@ -69,7 +70,17 @@ SOURCE_HELP = (
     "the first that is there. LIMIT is the most documents, from the start. Where a file's own name has a : or @, the longest "
     "name that exists wins."
 )
-n_ctx_option = click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens in a window.")
+
+
+def _ctx_option(least: int) -> Callable[[Command], Command]:
+    return click.option(
+        "--ctx", "n_ctx", default=512, show_default=True, type=click.IntRange(least), help="Tokens in a window."
+    )  # fmt: skip
+
+
+n_ctx_option = _ctx_option(2)
+# Where the second half of a window is scored.
+scored_ctx_option = _ctx_option(4)
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, cuda:1 or mps."
 )
@@ -84,7 +95,7 @@ memory_options = combined(
     ),
 )  # fmt: skip
 windows_option = click.option(
-    "--windows", type=int, help="Use at most so many windows of each calibration text, times its weight."
+    "--windows", type=AT_LEAST_ONE, help="Use at most so many windows of each calibration text, times its weight."
 )
 
 
@@ -123,8 +134,10 @@ def recipe_options(method: str) -> Callable[[Command], Command]:
         click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
         click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
         click.option("--criterion", help="Another criterion than the method's own."),
-        click.option("--align", type=int, help="Widths are multiples of this.  [default: by the target type]"),
-        click.option("--max-tiers", default=4, show_default=True, help="Most different widths in a layer."),
+        click.option("--align", type=AT_LEAST_ONE, help="Widths are multiples of this.  [default: by the target type]"),
+        click.option(
+            "--max-tiers", default=4, show_default=True, type=AT_LEAST_ONE, help="Most different widths in a layer."
+        ),
         click.option(
             "--layout", default="auto", show_default=True, type=click.Choice(["auto", "stock"]),
             help="stock: only plans that any llama.cpp can run.",
@@ -147,7 +160,7 @@ def recipe_options(method: str) -> Callable[[Command], Command]:
         click.option("--relative", is_flag=True, help="Slices: errors relative to the residual stream; more stays early."),
         click.option("--cut-router", is_flag=True, help="Slices: experts that keep no neuron leave the router too."),
         click.option("--guard/--no-guard", default=True, show_default=True, help="Protect super experts from being dropped."),
-        click.option("--seed", default=0, show_default=True, help="Of the random controls."),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random controls."),
     )  # fmt: skip
 
 

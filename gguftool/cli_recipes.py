@@ -28,7 +28,7 @@ def recipes(name: str | None, as_json: bool, quiet: bool) -> None:
     terminal = make_terminal(as_json, quiet)
     if name is not None:
         text = start(name)
-        terminal.show({"path": str(find(name)), "text": text}, text)
+        terminal.show({"path": str(find(name)), "text": text}, *text.split("\n"))
         return
     found = {known: load(path).about for known, path in shipped().items()}
     facts = [{"name": known, "about": about, "path": str(shipped()[known])} for known, about in found.items()]
@@ -50,6 +50,8 @@ def verify(folder: Path, fast: bool, scratch: Path | None, as_json: bool, quiet:
     """
     from .verification import Verified, not_done, recheck
 
+    if fast and scratch is not None:
+        raise click.UsageError("--fast makes nothing again; leave --scratch out")
     terminal = make_terminal(as_json, quiet)
     was = Verified.load(folder)
     why = not_done(folder, was)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .cli_options import FILE, backend_option, make_terminal, output_options
+from .cli_options import AT_LEAST_ONE, FILE, backend_option, make_terminal, output_options
 from .errors import GgufToolError
 
 # Everything behind MODEL goes to the program as it is, --help too.
@@ -26,7 +26,7 @@ def runtime() -> None:
     "--cmake", "cmake", metavar="-DNAME=VALUE", multiple=True, help="A further option of cmake; may be repeated."
 )
 @click.option("--unpatched", is_flag=True, help="Build the plain base, for comparisons.")
-@click.option("--jobs", type=int, help="Compile so many files at a time.")
+@click.option("--jobs", type=AT_LEAST_ONE, help="Compile so many files at a time.")
 @click.option("--force", is_flag=True, help="Build even where it has been built.")
 @output_options
 def runtime_build(

@@ -8,14 +8,15 @@ from pathlib import Path
 import click
 
 from .cli_options import (
+    AT_LEAST_ONE,
     FILE,
     SOURCE,
     SOURCE_HELP,
     backend_option,
     force_option,
     make_terminal,
-    n_ctx_option,
     output_options,
+    scored_ctx_option,
 )
 from .errors import GgufToolError
 from .sources import Source, files
@@ -31,12 +32,16 @@ from .sources import Source, files
 @click.option(
     "--criterion", default="gated-second-moment", show_default=True, help="Neuron criterion that the plans will go by."
 )
-@click.option("--align", type=int, help="Widths are multiples of this.  [default: as `plan` without a target]")
-@click.option("--max-tiers", default=4, show_default=True, help="Most different widths in the layer.")
-@click.option("--windows", type=int, help="Use at most so many windows.")
-@click.option("--at-once", default=4, show_default=True, help="Most pruned files that exist at a time.")
+@click.option("--align", type=AT_LEAST_ONE, help="Widths are multiples of this.  [default: as `plan` without a target]")
+@click.option(
+    "--max-tiers", default=4, show_default=True, type=AT_LEAST_ONE, help="Most different widths in the layer."
+)
+@click.option("--windows", type=AT_LEAST_ONE, help="Use at most so many windows.")
+@click.option(
+    "--at-once", default=4, show_default=True, type=AT_LEAST_ONE, help="Most pruned files that exist at a time."
+)
 @click.option("-o", "out", type=FILE, required=True, help="Layers to write, for `plan --layers`.")
-@n_ctx_option
+@scored_ctx_option
 @backend_option
 @force_option
 @output_options

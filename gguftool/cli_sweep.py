@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .cli_options import (
+    AT_LEAST_ONE,
     FILE,
     METHOD_HELP,
     backend_option,
@@ -75,7 +76,7 @@ from .sources import Source
 )
 @n_ctx_option
 @windows_option
-@click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
+@click.option("--eval-windows", type=AT_LEAST_ONE, help="Use at most so many windows of each evaluation text.")
 @click.option("--keep-files", is_flag=True, help="Keep the model files, in models/.")
 @pre_tokenizer_option
 @device_option

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_options import BACKEND_NAMES, FILE, make_terminal, n_ctx_option, output_options
+from .cli_options import AT_LEAST_ONE, BACKEND_NAMES, FILE, make_terminal, output_options, scored_ctx_option
 from .errors import GgufToolError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def _backend_list(_context: click.Context, _option: click.Parameter, value: str)
 @click.argument("base", type=FILE)
 @click.argument("pruned", type=FILE)
 @click.option("--data", type=FILE, required=True, help="Text to measure on; .jsonl: documents.")
-@click.option("--windows", type=int, help="Use at most so many windows.")
-@n_ctx_option
+@click.option("--windows", type=AT_LEAST_ONE, help="Use at most so many windows.")
+@scored_ctx_option
 @click.option(
     "--backend", "backends", default="auto", show_default=True, callback=_backend_list, metavar="NAME[,NAME]...",
     help="Which build of the runtime: auto, cpu, cuda, metal, vulkan. Several are compared with each other.",

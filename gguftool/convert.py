@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
-from .checkpoint import Checkpoint, checkpoint_directory, lacks_predictors, open_checkpoint
+from .checkpoint import Checkpoint, lacks_predictors, open_checkpoint
+from .checkpoint_config import checkpoint_directory
 from .durable import check_unchanged, full, held_handles, identity, replacing
 from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress, check_output, check_space

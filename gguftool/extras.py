@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .chat import template_of_gguf
@@ -16,7 +16,7 @@ from .plan import STOCK
 from .prepare import Job, Prepared
 from .provenance import provenance
 from .sources import Source
-from .trial import Prompt, Tried, opening, trial
+from .trial import MESSAGE, PLAIN, TRANSCRIPT, Prompt, Tried, opening, trial
 
 PROMPTS = 3
 SPEED = "speed, memory, routing and completions"
@@ -95,7 +95,8 @@ def make_prompts(base: Path, evaluation: Sequence[Path], given: Sequence[str]) -
     if not given:
         texts = [(path.stem, read_scored(path, lambda: template)) for path in evaluation[:PROMPTS]]
         return [
-            Prompt(name, p.shown, p.text, special) for name, (text, special) in texts for p in [opening(name, text)]
+            replace(opening(name, text), special=special, how=TRANSCRIPT if special else PLAIN)
+            for name, (text, special) in texts
         ]
     if template is None:
         return [Prompt(f"prompt {i}", text, text) for i, text in enumerate(given, 1)]
@@ -104,6 +105,7 @@ def make_prompts(base: Path, evaluation: Sequence[Path], given: Sequence[str]) -
         Prompt(
             f"prompt {i}", text,
             template.render([{"role": "user", "content": text}], None, "--prompt", reply=True).removeprefix(bos), True,
+            MESSAGE,
         )
         for i, text in enumerate(given, 1)
     ]  # fmt: skip

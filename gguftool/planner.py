@@ -11,7 +11,8 @@ import numpy as np
 from . import encoding, layout
 from .architectures import tied_in
 from .errors import GgufToolError
-from .methods import check_lengths, check_options, method
+from .method_options import check_lengths, check_options
+from .methods import method
 from .plan import PrunePlan
 from .recipe import Recipe
 from .stats import CalibrationStats, ModelFacts

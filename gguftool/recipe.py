@@ -76,6 +76,8 @@ class Recipe:
             raise GgufToolError(f"--max-tiers {self.max_tiers} is less than 1")
         if self.align is not None and self.align < 1:
             raise GgufToolError(f"--align {self.align} is less than 1")
+        if self.seed < 0:
+            raise GgufToolError(f"--seed {self.seed} is less than 0")
         if self.layout not in LAYOUTS:
             raise GgufToolError(f"--layout {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.calibration not in CALIBRATIONS:

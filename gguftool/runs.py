@@ -16,7 +16,7 @@ from .fit import TARGETS, Ask
 from .fit_run import produce_fitting, produce_found
 from .gguf_file import Progress
 from .gguf_model import is_gguf, open_gguf
-from .journal import Journal
+from .journal import RECORDS, Journal
 from .memory import parse_bytes
 from .pipeline import Produced, assess, produce
 from .planner import make_plan
@@ -24,6 +24,7 @@ from .prepare import Job
 from .recipe import Recipe
 from .recipe_file import FIT_CTX, NAME, Found, Made, RunRecipe, load, save
 from .report import Report
+from .report_files import JSON
 from .sources import files
 from .verification import Verified, differences, hashes, sha256
 from .workspace import Say, Watch
@@ -188,9 +189,11 @@ def replay(folder: Path, scratch: Path, ears: Ears = Ears()) -> list[str]:
     Returns:
         What differs, a line each, with both hashes; an empty list where every byte is the same.
 
-    Raises GgufToolError where the recipe or the record is missing, and where the inputs are others: then nothing can be said.
+    Raises GgufToolError where the recipe or the record is missing, for a `scratch` of files that no replay made, and where the
+    inputs are others: then nothing can be said.
     """
     recipe, was = load(folder / NAME), Verified.load(folder)
+    _check_scratch(folder, scratch)
     if recipe.made is None:
         raise GgufToolError(f"{folder / NAME}: has no table [made], so a run did not leave it; run compress again")
     if changed := changed_inputs(recipe):
@@ -214,6 +217,19 @@ def replay(folder: Path, scratch: Path, ears: Ears = Ears()) -> list[str]:
     return found + differences(
         was.files, hashes(folder, [n for n in was.files if (folder / n).is_file()], ears.progress)
     )
+
+
+def _check_scratch(folder: Path, scratch: Path) -> None:
+    """Raises GgufToolError where the files in `scratch` are those of a run: they would be found there, and not made again."""
+    if scratch.exists() and scratch.samefile(folder):
+        raise GgufToolError(
+            f"{scratch} is {folder} itself, where nothing would be made again; name another with --scratch"
+        )
+    if found := next((name for name in (NAME, JSON, *RECORDS) if (scratch / name).exists()), None):
+        raise GgufToolError(
+            f"{scratch} holds a run of its own ({found}), whose files would be taken for those that are made again; name "
+            "another with --scratch"
+        )
 
 
 def other_conditions(made: Made) -> Sequence[str]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from .live import View, shown
+from .printable import printable
 
 Update = Callable[[int, int, str], None]
 Watch = Callable[[str, Mapping[str, Any]], None]
@@ -35,22 +37,40 @@ def _columns() -> tuple[ProgressColumn, ...]:
     return (TextColumn("{task.description:<40.40}", markup=False), BarColumn(), TimeRemainingColumn(), *memory)
 
 
+class PlainConsole(Console):
+    """A console that nothing in a name, a path or a recipe means anything to: it is printed, and does nothing more.
+
+    Neither [en] nor :key: is a sign, and what `printable` does not let through is written out. Where a table wants a style,
+    it takes Text.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Lines and cells of tables come by here before rich lays them out: what is written out takes more room."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Everything comes by here, what a Text held too."""
+        for segment in super().render(renderable, options):
+            safe = segment.control or segment.text.isprintable()
+            yield segment if safe else Segment(printable(segment.text), segment.style)
+
+
 class Terminal:
     """One command's output. NO_COLOR and terminals that are none are rich's own concern."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        # Names, paths and recipes are printed as they are: neither [en] nor :key: in them means anything. Where a table wants a
-        # style, it takes Text.
-        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
         is_screen = sys.stdout.isatty()
-        self.out = Console(soft_wrap=not is_screen, width=None if is_screen else 160, **plain)
-        self.err = Console(stderr=True, quiet=quiet, **plain)
+        self.out = PlainConsole(soft_wrap=not is_screen, width=None if is_screen else 160)
+        self.err = PlainConsole(stderr=True, quiet=quiet)
 
     def say(self, text: str) -> None:
         """A line of log, on stderr."""
-        self.err.print(text, soft_wrap=True)
+        self.err.print(_line(text), soft_wrap=True)
 
     def show(self, value: dict[str, Any], *tables: Table | str) -> None:
         """The result, on stdout: `value` as JSON with --json, else the tables and lines."""
@@ -59,7 +79,11 @@ class Terminal:
             return
         for table in tables:
             # A line is one line on any screen: a command that is broken into two cannot be pasted.
-            self.out.print(table, soft_wrap=True if isinstance(table, str) else None)
+            if isinstance(table, str):
+                self.out.print(_line(table), soft_wrap=True)
+            else:
+                _name_on_a_line(table)
+                self.out.print(table)
 
     @contextmanager
     def progress(self) -> Iterator[Update]:
@@ -104,3 +128,18 @@ class Terminal:
                 self.say(f"  {done}/{total} {text}")
 
         return update
+
+
+def _line(text: str) -> str:
+    """Without line ends: a name that holds one must not look like a line of ours."""
+    return text.replace("\n", " ")
+
+
+def _name_on_a_line(table: Table) -> None:
+    """Title and caption stand outside of the table's frame."""
+    for place in ("title", "caption"):
+        text = getattr(table, place)
+        if isinstance(text, Text):
+            text.plain = _line(text.plain)
+        elif text is not None:
+            setattr(table, place, _line(text))

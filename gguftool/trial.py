@@ -35,6 +35,10 @@ from .runtime import Runtime
 
 PROGRAM = "gguftool.trial_worker"
 KINDS = ("prompt", "generate")
+# What a prompt is, as a person reads it behind "prompts are".
+PLAIN = "continued as plain text"
+TRANSCRIPT = "the beginning of a conversation, as the model's chat template writes it down, continued as text"
+MESSAGE = "given as a user's message, through the model's chat template"
 # A process takes this beside the file: buffers, logits, Python.
 OVERHEAD = 1 << 29
 
@@ -56,12 +60,13 @@ class Effort:
 @dataclass(frozen=True)
 class Prompt:
     """What is continued: `text` is what the model is given, `shown` what a person reads; `special`: a chat template's
-    tokens in it are meant as such."""
+    tokens in it are meant as such; `how` is one of the three above."""
 
     name: str
     shown: str
     text: str
     special: bool = False
+    how: str = PLAIN
 
 
 @dataclass(frozen=True)
@@ -194,8 +199,15 @@ def _completions(
             })  # fmt: skip
         left_out = found[models[0].label]["answers"][index]["left_out"]
         rows.append({"name": prompt.name, "prompt": prompt.shown, "left_out": left_out, "answers": answers})
-    how = "as a user's message, through the model's chat template" if prompts[0].special else "continued as plain text"
-    return {"how": how, "n_tokens": effort.complete, "prompts": rows}
+    return {"how": _how(prompts), "n_tokens": effort.complete, "prompts": rows}
+
+
+def _how(prompts: Sequence[Prompt]) -> str:
+    """What the prompts are; where they are of several kinds, which of them is what."""
+    kinds = list(dict.fromkeys(prompt.how for prompt in prompts))
+    if len(kinds) == 1:
+        return kinds[0]
+    return "; ".join(f"{how} ({', '.join(p.name for p in prompts if p.how == how)})" for how in kinds)
 
 
 def same_start(one: Sequence[int], other: Sequence[int]) -> int:

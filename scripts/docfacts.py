@@ -13,7 +13,8 @@ from pathlib import Path
 from docpages import ROOT
 from gguftool import architectures, inventory
 from gguftool.errors import GgufToolError
-from gguftool.methods import METHODS, Method, check_options
+from gguftool.method_options import check_options
+from gguftool.methods import METHODS, Method
 from gguftool.recipe import Recipe
 from gguftool.saliency import EXPERT_CRITERIA, NEURON_CRITERIA, Criterion
 

@@ -41,6 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
                   "shared_expert_intermediate_size": 24, "norm_topk_prob": False},
     "olmoe": {"num_experts": 6, "intermediate_size": 32, "num_key_value_heads": 4, "norm_topk_prob": False},
     "mixtral": {"num_local_experts": 6, "intermediate_size": 32, "head_dim": 8},
+    "qwen3": {"intermediate_size": 48, "head_dim": 8},  # dense
 }  # fmt: skip
 
 

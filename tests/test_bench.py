@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gguftool import bench
+from gguftool import bench, bench_calibrate
+from gguftool.bench_calibrate import QUICK
 from gguftool.errors import GgufToolError
 from gguftool.gguf_file import GgufFile
 from gguftool.inspection import check, inspect
 from gguftool.random_model import SHAPES, active_bytes, pruned_widths, split_widths, write_random_model
+from typed import typed
 
 
 def tiny(name: str):
@@ -166,3 +168,40 @@ def test_what_cannot_be_measured_is_refused(runtime, tmp_path):
         bench.working(runtime, tmp_path / "no.gguf", bench.Options()),
     ):
         pass
+
+
+def test_what_calibrate_cannot_be_measured_by_is_refused_before_anything_is_written(tmp_path):
+    for wrong, said in (
+        ({"layers": (0, 2)}, "two depths"),
+        ({"observer_windows": 5}, "--observer-windows 5: they are taken from the timed ones, of which there are 4"),
+        ({"memory": "much"}, "'much' is no size"),
+    ):
+        with pytest.raises(GgufToolError, match=said):
+            bench_calibrate.measure("qwen3-30b-a3b", replace(QUICK, **wrong), tmp_path / "missing", quick=True)
+
+
+def test_quick_leaves_what_is_given(monkeypatch):
+    asked = []
+
+    def measure(_model, options, _folder, **_):
+        asked.append(options)
+        raise GgufToolError("enough")
+
+    monkeypatch.setattr(bench_calibrate, "measure", measure)
+    typed("bench", "calibrate", "--quick", "--threads", 2, "--layers", "3,5", "--no-obs", code=1)
+    typed("bench", "calibrate", "--quick", code=1)
+    typed("bench", "calibrate", code=1)
+    assert asked == [replace(QUICK, threads=2, layers=(3, 5), obs=False), QUICK, bench_calibrate.Options()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "bench runtime --starts 0", "bench runtime --rounds 0", "bench runtime --threads -1", "bench runtime --layers -1",
+        "bench calibrate --batch 0", "bench calibrate --rounds 0", "bench calibrate --ctx 32769", "runtime build --jobs 0",
+        "sensitivity b --stats s --data t -o o --windows 0", "sensitivity b --stats s --data t -o o --ctx 3",
+        "validate b p --data t --windows -1", "plan s --ratio 0.4 -o p --seed -1", "calibrate m --data t -o o --windows 0",
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused_at_once(arguments):
+    assert "is not in the range" in typed(*arguments.split(), code=2)

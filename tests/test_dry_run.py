@@ -94,6 +94,18 @@ def test_convert(ask, checkpoint_dir, base_gguf, tmp_path):
         ask("convert", checkpoint_dir, "--outtype", "f16", "-o", tmp_path / "base.gguf")
 
 
+def test_convert_of_a_model_that_only_the_converter_knows(ask, tmp_path, runtime):
+    model = tiny_checkpoint(tmp_path / "model", "qwen3")
+    arguments = ("convert", model, "--pre-tokenizer", "qwen2", "-o", tmp_path / "x.gguf")
+    said = ask(*arguments)
+    assert (
+        said["written"] is False and said["tensors"] is None and "no MoE architecture 'qwen3' is known" in said["why"]
+    )
+    assert list(tmp_path.iterdir()) == [model]
+    cli.main([*map(str, arguments), "--quiet"], standalone_mode=False)
+    assert tensors(tmp_path / "x.gguf")
+
+
 def test_convert_is_refused_for_a_pre_tokenizer_that_is_missing_or_unknown(refused, checkpoint_dir, tmp_path, runtime):
     convert = ("convert", checkpoint_dir, "-o", tmp_path / "base.gguf")
     refused("does not know this vocabulary's pre-tokenizer", *convert)

@@ -29,6 +29,7 @@ from gguftool.inspection import check, inspect
 from gguftool.methods import slice_criterion
 from gguftool.overrides import Origin, Overrides, writing
 from gguftool.plan import PrunePlan
+from gguftool.printable import one_line
 from gguftool.recipe import Recipe
 from gguftool.sensitivity import Conditions, LayerCost, Sensitivity
 from gguftool.stats import CalibrationStats
@@ -675,7 +676,7 @@ def test_truncated_at_every_byte(sound, tmp_path):
             tried.append(name)
             with pytest.raises(GgufToolError) as caught:
                 load(bad)
-            assert len(cli.one_line(str(caught.value))) > 20
+            assert len(one_line(str(caught.value))) > 20
             refused.append(name)
         load(sound / name)
 

@@ -159,6 +159,7 @@ def test_a_source_is_spelled_as_it_is_parsed(text):
         ('backend = "gpu"', "backend 'gpu' is not one of auto, cpu"),
         ("ctx = 3", "ctx 3 is less than 4"),
         ("windows = 0", "windows 0 is less than 1"),
+        ("seed = -1", "--seed -1 is less than 0"),
         ("ratio = 0.4\nratio = 0.5", "not TOML"),
         ("[made]\ngguftool = \"1\"", "made = "),
         ("made = 3", "the table that compress writes"),

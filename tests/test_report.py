@@ -39,7 +39,19 @@ from gguftool.report_html import render
 from gguftool.runs import Ears, carry_out
 from gguftool.sources import Source
 from gguftool.svg import Scale, escape, padded, short
-from gguftool.trial import OVERHEAD, PROGRAM, Effort, Prompt, Tried, _routing, opening, same_start, trial
+from gguftool.trial import (
+    OVERHEAD,
+    PROGRAM,
+    TRANSCRIPT,
+    Effort,
+    Prompt,
+    Tried,
+    _completions,
+    _routing,
+    opening,
+    same_start,
+    trial,
+)
 from gguftool.trial_worker import fitted
 from gguftool.verification import sha256
 from reports import EVIL, make_report
@@ -804,6 +816,19 @@ def test_prompts_that_are_given_go_through_the_chat_template(tmp_path, base_gguf
     )
     (prompt,) = make_prompts(base_gguf, [], ["Hello"])
     assert (prompt.text, prompt.shown, prompt.special) == ("<user>Hello<bot>", "Hello", True)
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n')
+    (opened,) = make_prompts(base_gguf, [chat], [])
+    assert (opened.text, opened.special) == ("<user>Hi<assistant>Ho", True)
+    answer = {"tokens": [], "text": "", "stopped": "end", "left_out": 0}
+    for prompts, how in (
+        ([prompt], "given as a user's message, through the model's chat template"),
+        (plain, "continued as plain text"),
+        ([opened], TRANSCRIPT),
+        ([*plain, opened], f"continued as plain text (prompt 1); {TRANSCRIPT} (chat)"),
+    ):
+        found = {"m": {"answers": [answer] * len(prompts)}}
+        assert _completions(None, [Tried("m", tmp_path)], prompts, found, Effort())["how"] == how
 
 
 def test_the_command_renders_again_and_opens(tmp_path, monkeypatch, capsys):

@@ -154,6 +154,21 @@ def test_a_run_that_is_stopped_behind_its_record_is_not_done(place, tmp_path, mo
     assert "as they were made" in typed("verify", copy, "--fast") and gguftool.verify(copy, fast=True) == []
 
 
+def test_a_folder_in_which_nothing_would_be_made_again_is_refused(place, tmp_path):
+    (tmp_path / "link").symlink_to(place / "out")
+    for scratch in (place / "out", place / "out" / ".." / "out", tmp_path / "link"):
+        assert "nothing would be made again" in typed("verify", place / "out", "--scratch", scratch, code=1)
+    before = {path: path.stat().st_mtime_ns for path in (place / "out").iterdir()}
+    shutil.copytree(place / "out", place / "out.verify")  # the place where it is made by default, and removed
+    for folder in (["--scratch", place / "out.verify"], []):
+        assert "holds a run of its own (recipe.toml)" in typed("verify", place / "out", *folder, code=1)
+    with pytest.raises(GgufToolError, match="holds a run of its own"):
+        gguftool.verify(place / "out", scratch=place / "out.verify")
+    assert (place / "out.verify" / PRUNED).is_file()
+    assert before == {path: path.stat().st_mtime_ns for path in (place / "out").iterdir()}
+    shutil.rmtree(place / "out.verify")
+
+
 def test_a_folder_without_a_run_is_none(tmp_path, place):
     assert "gguftool compress" in typed("verify", tmp_path, code=1)
     (tmp_path / "verified.json").write_text("{}")
