@@ -2,9 +2,10 @@
 
 Absolute times drift with the machine's clock and load; so every file has a process of its own that stays loaded, and each
 round asks all of them for the same tokens, in a random order. What else runs on the machine, or beside it on the same
-host, only ever makes a round slower, one in five or more by a tenth or more; so a process counts by its best round. Where it
-happened to get its memory makes one of two equal processes slower for all of its life; so the processes are started
-several times, most of them twice each time, and weights are read into huge pages unless --mmap says otherwise.
+host, only ever makes a round slower, one in five or more by a tenth or more; so of everything that is timed, each generated
+token and each prompt, a process's best round counts. Where it happened to get its memory makes one of two equal processes
+slower for all of its life; so the processes are started several times, most of them twice each time, and weights are read
+into huge pages unless --mmap says otherwise.
 """
 
 from __future__ import annotations
@@ -153,6 +154,10 @@ class Worker:
             stream.flush()
         return self._answer()
 
+    def parts(self, do: str, n: int, seed: int) -> list[float]:
+        """Seconds that each part of the work took: of `n` tokens one by one each token, else all of it."""
+        return [float(part) for part in self.ask(do, n, seed)["parts"]]
+
     def seconds(self, do: str, n: int, seed: int) -> float:
         """Seconds that `n` tokens took."""
         return float(self.ask(do, n, seed)["seconds"])
@@ -205,7 +210,7 @@ def check_names(models: Sequence[str], types: Sequence[str]) -> None:
 
 def measure(
     model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
-    starts: int = 4, rounds: int = 12, n_layer: int = 0, progress: Progress | None = None,
+    starts: int = 4, rounds: int = 6, n_layer: int = 0, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
 
@@ -275,7 +280,7 @@ def layers_for(shape: ModelShape, type_name: str) -> int:
 
 @dataclass(frozen=True)
 class _Start:
-    """`seconds[name][kind]`: for each process of that name its best round."""
+    """`seconds[name][kind]`: for each process of that name the sum over the parts of its work, each in its best round."""
 
     seconds: dict[str, dict[str, list[float]]]
     same_logits: bool
@@ -291,17 +296,17 @@ def _start(jobs: Sequence[tuple[str, Runtime, Path]], options: Options, rounds: 
             name, runtime, path = jobs[index]
             workers.append((name, stack.enter_context(working(runtime, path, options))))
         logits = {name: worker.ask("logits", 48, seed=1)["logits"] for name, worker in workers if name != "pruned"}
-        times: list[dict[str, list[float]]] = [{kind: [] for kind in _WORK} for _ in workers]
+        times: list[dict[str, list[list[float]]]] = [{kind: [] for kind in _WORK} for _ in workers]
         for index in range(-1, rounds):
             for kind, n in _WORK.items():
                 for place in rng.permutation(len(workers)):
-                    taken = workers[place][1].seconds(kind, n, seed)
+                    taken = workers[place][1].parts(kind, n, seed)
                     if index >= 0:
                         times[place][kind].append(taken)
     seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in _WORK} for name, _ in workers}
     for (name, _), kinds in zip(workers, times, strict=True):
         for kind, values in kinds.items():
-            seconds[name][kind].append(min(values))
+            seconds[name][kind].append(float(np.min(values, axis=0).sum()))
     return _Start(seconds, all(one == logits["stock"] for one in logits.values()))
 
 

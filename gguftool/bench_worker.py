@@ -92,21 +92,19 @@ class Session:
         self._forget()
         if kind == "routes":
             self.chosen = {}
-        start, cpu = time.perf_counter(), time.process_time()
-        if kind in ("generate", "routes"):
-            for position, token in enumerate(tokens):
-                self._decode(token[None], position)
-        else:
-            self._decode(tokens, 0)
-        # The last logits are read, so that a device has finished.
-        row = self.llama.llama_get_logits_ith(self.context, -1)
-        seconds = time.perf_counter() - start
+        pieces = [tokens[i : i + 1] for i in range(len(tokens))] if kind in ("generate", "routes") else [tokens]
+        cpu, ends = time.process_time(), [time.perf_counter()]
+        for position, piece in enumerate(pieces):
+            self._decode(piece, position)
+            # Reading the logits waits until a device has finished.
+            row = self.llama.llama_get_logits_ith(self.context, -1)
+            ends.append(time.perf_counter())
         if kind == "routes":
             assert self.chosen is not None
             return {"chosen": [self.chosen[layer].tolist() for layer in sorted(self.chosen)]}
         if kind == "logits":
             return {"logits": [row[i] for i in range(self.n_vocab)]}
-        return {"seconds": seconds, "cpu_seconds": time.process_time() - cpu}
+        return {"parts": np.diff(ends).tolist(), "seconds": ends[-1] - ends[0], "cpu_seconds": time.process_time() - cpu}
 
     def _forget(self) -> None:
         self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)

@@ -43,7 +43,7 @@ def bench() -> None:
     help="How often all processes are started anew; twice that on a noisy machine.",
 )
 @click.option(
-    "--rounds", default=12, show_default=True, help="How often each of them is asked, in turns; the best counts."
+    "--rounds", default=6, show_default=True, help="How often each of them is asked, in turns; the best counts."
 )
 @click.option("--layers", "n_layer", default=0, show_default=True, help="Layers of the files; 0 picks by size.")
 @click.option("--threads", default=2, show_default=True, help="Threads of llama.cpp.")

@@ -113,27 +113,27 @@ def test_starts_go_on_while_noise_hides_a_bar():
     assert bench._settled(bench._ratios(starts_of(0.999, 1.001)))
 
 
-def test_a_process_counts_by_its_best_round_of_the_same_tokens(monkeypatch):
+def test_each_part_of_the_work_counts_by_its_best_round_of_the_same_tokens(monkeypatch):
     asked = []
 
     class Slowing:
-        """Takes 3, 1, 2 seconds, whatever it is asked; the first round does not count."""
+        """Two parts, the first quickest in the second round and the other in the third; the first round does not count."""
 
         def __init__(self, *_):
-            self.taken = {kind: iter([0.5, 3.0, 1.0, 2.0]) for kind in bench._WORK}
+            self.taken = {kind: iter([[0.5, 0.5], [3.0, 3.0], [1.0, 4.0], [2.0, 2.0]]) for kind in bench._WORK}
 
         def ask(self, *_, **__):
             return {"logits": [0.0]}
 
-        def seconds(self, kind, n, seed):
+        def parts(self, kind, n, seed):
             asked.append((kind, n, seed))
             return next(self.taken[kind])
 
     monkeypatch.setattr(bench, "working", lambda *args: nullcontext(Slowing(*args)))
     start = bench._start([("stock", None, None), ("pruned", None, None)], bench.Options(), 3, seed=7)
     assert start.seconds == {
-        "stock": {kind: [1.0, 1.0] for kind in bench._WORK},
-        "pruned": {kind: [1.0] for kind in bench._WORK},
+        "stock": {kind: [3.0, 3.0] for kind in bench._WORK},
+        "pruned": {kind: [3.0] for kind in bench._WORK},
     }
     assert set(asked) == {(kind, n, 7) for kind, n in bench._WORK.items()} and len(asked) == 2 * 3 * 4
 

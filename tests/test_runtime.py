@@ -229,3 +229,13 @@ def test_a_patch_that_does_not_apply_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(GgufToolError, match="bad.patch does not apply"):
         runtime_build.prepare_source(sdist, tmp_path / "src", True)
     assert not (tmp_path / "src").exists()
+
+
+def test_no_kernels_for_amx():
+    """GCC 12 compiles llama.cpp's own into a crash; the flags leave them out, whatever `-march=native` stands for."""
+    flags = runtime_base.OPTIONS["CMAKE_CXX_FLAGS_RELEASE"].split()
+    command = [shutil.which("c++") or "c++", "-march=sapphirerapids", "-dM", "-E", "-x", "c++", "/dev/null"]
+    if "__AMX_INT8__" not in (plain := subprocess.run(command, capture_output=True, text=True)).stdout:
+        pytest.skip(f"no compiler for such a processor: {plain.stderr.strip()[-100:]}")
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
+    assert "__AMX_INT8__" not in done.stdout and "__AVX512VNNI__" in done.stdout
