@@ -444,7 +444,7 @@ def test_the_command_writes_its_files(tiny: dict[str, Path], out: Path, runtime:
         (["--data", "missing.txt"], "no such text"),
         (["--seeds", "2"], "another seed would not take others"),
         (["--seeds", "0"], "--seeds 0"),
-        (["--ctx", "3"], "--ctx 3"),
+        (["--ctx", "3"], "windows of 3 tokens"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_made(
