@@ -171,7 +171,8 @@ def calibrate(
 
     Raises GgufToolError as the command does, also where another process makes the same `out`.
     """
-    from .calibration import Asked, checked
+    from .asked import Asked
+    from .calibration import checked
 
     place = Path(out)
     asked = Asked(Path(model), _sources(data), place, ctx, windows, part, device, dtype, memory, force)
@@ -189,7 +190,7 @@ def plan(
     from .recipe import Recipe
 
     if out is not None:
-        check_output(Path(out), force, *([] if _is_value(stats) else [Path(str(stats))]))
+        check_output(Path(out), force, *_paths(stats))
     made = make_plan(_stats(stats), Recipe(method, ratio, target=target, **options))
     if out is not None:
         made.save(Path(out))
@@ -205,7 +206,7 @@ def refit(
 
     Raises GgufToolError as the command does, also where another process makes the same `out`.
     """
-    from .calibration import Asked
+    from .asked import Asked
     from .refitting import checked
 
     place = Path(out)
@@ -219,10 +220,12 @@ def prune(
     dry_run: bool = False, progress: Progress | None = None,
 ) -> PruneReport:  # fmt: skip
     """Writes the plan's GGUF as `out`, with the refitted `weights` where there are some."""
+    from .gguf_file import check_output
     from .overrides import Overrides
     from .runtime import find
     from .writer import prune as run
 
+    check_output(Path(out), force or dry_run, *_paths(base, plan, weights))
     own = Overrides.load(Path(weights)) if isinstance(weights, str | Path) else weights
     found = find()
     return run(
@@ -236,10 +239,12 @@ def quantize(
     allow_requantize: bool = False, progress: Progress | None = None,
 ) -> Quantized:  # fmt: skip
     """Writes `source` in the type `target` as `out`; the stats are the importance matrix."""
+    from .gguf_file import check_output
     from .quantize import QuantizeTool
     from .quantize import quantize as run
     from .runtime import require
 
+    check_output(Path(out), force, *_paths(source, imatrix))
     tools = QuantizeTool(require().tool("llama-quantize"), progress=progress)
     sums = _stats(imatrix) if imatrix is not None else None
     return run(
@@ -305,8 +310,9 @@ def _sources(data: Sequence[Place | Source]) -> list[Source]:
     return [one if isinstance(one, Source) else parse_source(str(one)) for one in data]
 
 
-def _is_value(given: object) -> bool:
-    return not isinstance(given, str | Path)
+def _paths(*given: object) -> list[Path]:
+    """Those that were given as a path, and not as the value itself."""
+    return [Path(one) for one in given if isinstance(one, str | Path)]
 
 
 def _stats(given: Place | CalibrationStats) -> CalibrationStats:

@@ -32,6 +32,7 @@ def calibrate(
     hidden_dtype: torch.dtype = torch.float32,
     batch: int = DEFAULT_BATCH,
     how: MemoryPlan | None = None,
+    stream: LayerStream | None = None,
     obs: bool = True,
     progress: Progress | None = None,
     out: Path | None = None,
@@ -47,6 +48,7 @@ def calibrate(
         dtype: of the computation. hidden_dtype: of the hidden states on disk.
         batch: windows that run through a layer at once.
         how: takes the place of the three above, and says what lies in memory.
+        stream: the model where it was built already, for `how`; on its own device.
         obs: whether to solve OBS costs too.
         progress: called with (windows x layers done, all of them, what is being done).
         out: where to save the stats; where that fails, `work_dir` still has everything for another try.
@@ -64,7 +66,6 @@ def calibrate(
         how = plan_memory(checkpoint, total, n_ctx, dtype, None, moments=None if obs else 0, batch=batch)
     else:
         dtype = hidden_dtype = how.dtype
-        batch = how.batch
 
     def record(module: nn.Module, layer: int) -> ExpertRecorder:
         def tell(done: int, total: int) -> None:
@@ -74,7 +75,7 @@ def calibrate(
         return ExpertRecorder(module, len(domains), shape, layer, grams)
 
     run = LayeredPass(
-        LayerStream(checkpoint, device, dtype),
+        stream or LayerStream(checkpoint, device, dtype),
         domains,
         record,
         linears=True,

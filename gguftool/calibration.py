@@ -7,7 +7,7 @@ is the whole of it, with the lock that keeps a second run off; whoever has opene
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,82 +15,21 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
+from .asked import Asked, Domains, open_for_llama
 from .calibrate import calibrate
 from .checkpoint import Checkpoint, open_checkpoint
-from .corpus import Tokenizer, load_domains
 from .errors import GgufToolError
 from .forward import LayerStream, Progress, check_windows
 from .gguf_calibrate import calibrate_gguf, solves_obs
-from .gguf_file import check_output
-from .gguf_model import GgufModel, is_gguf, open_gguf
-from .gguf_tokenizer import GgufTokenizer
+from .gguf_model import GgufModel, is_gguf
 from .inventory import model_facts
 from .loader import usable_device
-from .memory import MemoryPlan, parse_bytes, parse_dtype, plan_memory
-from .parts import parse_part, part_of
+from .memory import MemoryPlan, plan_memory
 from .processes import own_device, process_count
 from .ranks import ALONE, Ranks, joined
-from .runtime import load_for
-from .sources import Source, files
-from .stats import CalibrationStats, Domain, ModelFacts
-from .windows import Windows, check_domains
-from .workdir import own_work_dir, work_dir_of
-
-Domains: TypeAlias = Sequence[tuple[Domain, Windows]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of a pass over texts: the options that `calibrate` and `refit` share.
-
-    Attributes:
-        model: a checkpoint's directory, a model of the hub, or a GGUF. data: the texts. out: the file to write.
-        part: only this part of the windows, as `parts.parse_part` reads it.
-    """
-
-    model: Path
-    data: Sequence[Source]
-    out: Path
-    n_ctx: int = 512
-    windows: int | None = None
-    part: str | None = None
-    device: str = "cpu"
-    dtype: str = "auto"
-    memory: str | None = None
-    force: bool = False
-
-    @property
-    def limit(self) -> int | None:
-        """Bytes that the pass may take."""
-        return None if self.memory is None else parse_bytes(self.memory)
-
-    @property
-    def kind(self) -> torch.dtype | None:
-        """Type of the computation, None for auto."""
-        return parse_dtype(self.dtype)
-
-    @property
-    def numbers(self) -> tuple[int, int] | None:
-        """Which part of how many, counted from 0; None for all."""
-        return None if self.part is None else parse_part(self.part)
-
-    @property
-    def work_dir(self) -> Path:
-        """Where the state of the pass lies meanwhile."""
-        return work_dir_of(self.out)
-
-    def check(self, dry_run: bool, *inputs: Path) -> None:
-        """Raises GgufToolError for options that say nothing, an output that is an input, or that is there and may not go.
-
-        A dry run leaves an output that is there alone, so that is no reason to refuse it.
-        """
-        check_output(self.out, self.force or dry_run, *inputs, *files(self.data))
-        _ = self.limit, self.kind, self.numbers
-
-    def domains(self, tokenizer: Tokenizer) -> Domains:
-        """The texts, cut into windows. Raises as `corpus.load_domains` and `parts.part_of` do."""
-        found = load_domains(self.data, tokenizer, self.n_ctx, self.windows)
-        return found if self.numbers is None else part_of(found, *self.numbers)
+from .stats import CalibrationStats, ModelFacts
+from .windows import check_domains
+from .workdir import own_work_dir
 
 
 @dataclass(frozen=True)
@@ -98,14 +37,15 @@ class CheckpointCalibration:
     """A checked calibration of a checkpoint, a layer in memory at a time.
 
     Attributes:
-        memory: how it is run. device: of this process. ranks: the processes that share the windows.
+        memory: how it is run. stream: the model, whose weights come a layer at a time; on the device of this process.
+        ranks: the processes that share the windows.
     """
 
     checkpoint: Checkpoint
     domains: Domains
     memory: MemoryPlan
+    stream: LayerStream
     obs: bool
-    device: str
     ranks: Ranks = ALONE
 
     @property
@@ -118,14 +58,10 @@ class CheckpointCalibration:
         """How it is run, for a person."""
         return str(self.memory)
 
-    def rehearse(self) -> None:
-        """Raises GgufToolError where the weights do not fill the model, which a run finds out first. None is read."""
-        LayerStream(self.checkpoint, self.device, self.memory.dtype)
-
     def run(self, work_dir: Path, out: Path, progress: Progress | None = None) -> CalibrationStats:
         """The stats, which are saved as `out` too. See `calibrate.calibrate`."""
         return calibrate(
-            self.checkpoint, self.domains, work_dir, device=self.device, how=self.memory, obs=self.obs, progress=progress,
+            self.checkpoint, self.domains, work_dir, stream=self.stream, how=self.memory, obs=self.obs, progress=progress,
             out=out, ranks=self.ranks,
         )  # fmt: skip
 
@@ -165,7 +101,7 @@ def checked(asked: Asked, *, obs: bool = True, dry_run: bool = False) -> Iterato
     """A calibration of which all has been checked, to `run` in `asked.work_dir` while the block lasts.
 
     Until the block ends no other run can have that directory, and the processes that torchrun started are joined. A
-    `dry_run` takes no lock and writes nothing; it also finds out whether the weights fill the model, as a run does first.
+    `dry_run` takes no lock and writes nothing.
 
     Args:
         obs: whether to solve OBS costs; of a GGUF only where a layer's second moments are not too large.
@@ -181,7 +117,7 @@ def checked(asked: Asked, *, obs: bool = True, dry_run: bool = False) -> Iterato
             if ranks.rank == 0 and not dry_run:
                 stack.enter_context(own_work_dir(asked.out))
             asked.check(dry_run)
-            found = _opened_gguf(asked, obs) if gguf else _opened_checkpoint(asked, obs, ranks, dry_run)
+            found = _opened_gguf(asked, obs) if gguf else _opened_checkpoint(asked, obs, ranks)
         yield found
 
 
@@ -191,7 +127,7 @@ def of_checkpoint(
 ) -> CheckpointCalibration:  # fmt: skip
     """The calibration of an opened checkpoint on these windows; `dtype` and `limit` as `plan_memory` has them.
 
-    Raises as `checked` does.
+    Raises as `checked` does; that the weights fill the model is seen here, though none is read yet.
     """
     usable_device(device)
     n_ctx = check_windows(checkpoint, domains, ranks)
@@ -199,7 +135,8 @@ def of_checkpoint(
     memory = plan_memory(
         checkpoint, count, n_ctx, dtype, limit, device=device, moments=None if obs else 0, n_domains=len(domains)
     )
-    return CheckpointCalibration(checkpoint, domains, memory, obs, device, ranks)
+    stream = LayerStream(checkpoint, device, memory.dtype)
+    return CheckpointCalibration(checkpoint, domains, memory, stream, obs, ranks)
 
 
 def of_gguf(
@@ -210,34 +147,12 @@ def of_gguf(
     return GgufCalibration(model, domains, llama, solves_obs(model, None if obs else False, limit), limit)
 
 
-def open_for_llama(asked: Asked) -> tuple[GgufModel, GgufTokenizer, Any]:
-    """A GGUF that is to be measured, its tokenizer, and the llama.cpp that runs it: the built runtime or the package's.
-
-    Raises GgufToolError for options that llama.cpp has no use for, and for what is no such file.
-    """
-    refuse_options(asked.device, asked.dtype)
-    model = open_gguf(asked.model)
-    llama, _, _ = load_for("auto", asked.model)
-    return model, GgufTokenizer(llama, asked.model), llama
-
-
-def refuse_options(device: str, dtype: str) -> None:
-    """Raises GgufToolError for a device or a type that a GGUF cannot be measured with."""
-    if device != "cpu":
-        raise GgufToolError(f"--device {device}: a GGUF is run by llama.cpp on the CPU; leave it out")
-    if dtype != "auto":
-        raise GgufToolError(f"--dtype {dtype}: a GGUF is run by llama.cpp in its own types; leave it out")
-
-
-def _opened_checkpoint(asked: Asked, obs: bool, ranks: Ranks, dry_run: bool) -> CheckpointCalibration:
+def _opened_checkpoint(asked: Asked, obs: bool, ranks: Ranks) -> CheckpointCalibration:
     device = own_device(asked.device)
     usable_device(device)  # before a long text is read
     checkpoint = open_checkpoint(asked.model)
     domains = asked.domains(checkpoint.tokenizer())
-    found = of_checkpoint(checkpoint, domains, obs=obs, device=device, dtype=asked.kind, limit=asked.limit, ranks=ranks)
-    if dry_run:
-        found.rehearse()
-    return found
+    return of_checkpoint(checkpoint, domains, obs=obs, device=device, dtype=asked.kind, limit=asked.limit, ranks=ranks)
 
 
 def _opened_gguf(asked: Asked, obs: bool) -> GgufCalibration:

@@ -55,7 +55,8 @@ def calibrate(
     its layers do not fit into memory together. Stopped or killed, it goes on where it was when it is started again with the
     same arguments. Under torchrun the processes share the windows of a checkpoint.
     """
-    from .calibration import Asked, checked
+    from .asked import Asked
+    from .calibration import checked
     from .processes import process_rank
 
     silent = process_rank() > 0  # the first of several processes speaks for all

@@ -74,6 +74,7 @@ def prune(
     base: Path, plan_path: Path, weights: Path | None, out: Path, dry_run: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
     """Write a plan's GGUF, a tensor at a time."""
+    from .gguf_file import check_output
     from .methods import METHODS
     from .overrides import Overrides
     from .plan import PrunePlan
@@ -82,6 +83,7 @@ def prune(
     from .writer import prune as run
 
     terminal = make_terminal(as_json, quiet)
+    check_output(out, force or dry_run, base, plan_path, *([weights] if weights else []))
     found, plan = find(), PrunePlan.load(plan_path)
     made_by = METHODS.get(plan.recipe.method)
     if weights is None and made_by is not None and made_by.refitted and plan.kept_share < 1:
@@ -149,11 +151,13 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize with llama.cpp's quantizer, every tensor to the type that the plan counted."""
     from .encoding import parse_target
+    from .gguf_file import check_output
     from .quantize import QuantizeTool
     from .quantize import quantize as run
     from .runtime import require
     from .stats import CalibrationStats
 
+    check_output(out, force or dry_run, source, *([imatrix] if imatrix else []))
     terminal, target = make_terminal(as_json, quiet), parse_target(target).name
     stats = CalibrationStats.load(imatrix) if imatrix else None
     with terminal.progress() as progress:

@@ -53,14 +53,14 @@ def refit(
     MODEL is the checkpoint directory or the GGUF that was calibrated. After a drop of whole experts it takes back how much
     the weights of a router without renormalisation grow.
     """
-    from .calibration import Asked
+    from .asked import Asked
     from .refitting import checked
 
     terminal = make_terminal(as_json, quiet)
     asked = Asked(model, data, out, n_ctx, windows, None, device, dtype, memory, force)
     with checked(asked, plan_path, how=how, dry_run=dry_run) as refitting:
         for note in refitting.notes:
-            terminal.say(note)
+            terminal.say(f"note: {note}")
         if dry_run:
             _show_dry(terminal, out, refitting)
             return
@@ -103,7 +103,7 @@ def dern(
     from .gguf_file import check_output
     from .plan import PrunePlan
 
-    check_output(out, force, plan_path)
+    check_output(out, force, model, plan_path)
     terminal = make_terminal(as_json, quiet)
     checkpoint, plan = open_checkpoint(model), PrunePlan.load(plan_path)
     with terminal.progress() as progress:

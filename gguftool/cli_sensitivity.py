@@ -19,7 +19,7 @@ from .cli_options import (
     scored_ctx_option,
 )
 from .errors import GgufToolError
-from .sources import Source, files
+from .sources import Source
 
 
 @click.command()
@@ -64,7 +64,7 @@ def sensitivity(
     from .sensitivity import conditions
     from .stats import CalibrationStats
 
-    check_output(out, force, base, stats_path, *files([data]))
+    check_output(out, force, base, stats_path, Path(data.place))
     if data.weight != 1:
         raise GgufToolError(
             f"--data {data}: there is one text to measure on, and a weight (@{data.weight:g}) means nothing"

@@ -49,12 +49,12 @@ def convert(
         GgufToolError: an unknown type, no checkpoint, no room, an unknown pre-tokenizer, or whatever the converter said last.
     """
     if outtype not in OUT_TYPES:
-        raise GgufToolError(f"--outtype {outtype}: the converter writes {', '.join(OUT_TYPES)}")
+        raise GgufToolError(f"outtype {outtype!r}: the converter writes {', '.join(OUT_TYPES)}")
     known = pre_tokenizers(runtime)
     if pre_tokenizer and pre_tokenizer not in known:
         near = get_close_matches(pre_tokenizer, known, n=3)
         raise GgufToolError(f"llama.cpp knows no pre-tokenizer {pre_tokenizer!r}; near are {', '.join(near) or 'none'}")
-    check_output(out, force or dry_run)
+    check_output(out, force or dry_run, model)
     model = checkpoint_directory(model)
     inputs = _inputs(model)
     check_space(out, sum(path.stat().st_size for path in inputs if path.suffix == ".safetensors"))

@@ -70,6 +70,13 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_place(path: Path) -> None:
+    """Raises GgufToolError where `path` is taken by what no file can replace: a folder, a device."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no plain file"
+        raise GgufToolError(f"{path}: {kind}, and the output is a file; choose another")
+
+
 def settle(partial: Path, path: Path) -> None:
     """Gives the written file `partial` the name `path`, which then holds all of its bytes whatever happens."""
     flush(partial)

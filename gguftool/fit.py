@@ -107,7 +107,7 @@ def start(job: Job, work: Workspace, ask: Ask) -> Search:
     # What pruning leaves in the base's types with its new weights, and the files that are measured side by side.
     size = solver.source.base.stat().st_size
     check_space(work.folder / SCRATCH, 2 * size + (UNPRUNED + 2) * min(size, ask.budget))
-    source = prepare(job, work, [replace(ask.recipe, ratio=0.5, target=ask.targets[0])])
+    source = prepare(job, work, [replace(ask.recipe, ratio=0.5, target=ask.targets[0])], ask.refit)
     notes = (*found.notes, *coverage(source.stats).notes())
     return Search(ask, _solver(job, work, source, ask, solver.beside), notes)
 

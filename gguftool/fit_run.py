@@ -52,7 +52,7 @@ def produce_found(job: Job, out: Path, ask: Ask, found: Found, say: Say) -> Prod
     """The files that `produce_fitting` made, from what it found, in `out`; nothing is weighed."""
     work = Workspace(out, say)
     pruned = [] if found.ratio is None else [replace(ask.recipe, ratio=found.ratio, target=found.quant)]
-    source = prepare(job, work, pruned)
+    source = prepare(job, work, pruned, ask.refit)
     solver = Solver(job, work, source, ask.budget, ask.ctx, ask.recipe, ask.refit)
     choice = solver.whole(found.quant) if found.ratio is None else solver.cut(found.quant, found.ratio)
     built = Bench(job, work, source, ask.refit).keep(choice)

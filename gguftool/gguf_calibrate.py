@@ -87,7 +87,7 @@ def solves_obs(model: GgufModel, obs: bool | None, memory: int | None) -> bool:
     if obs is None:
         obs = each <= OBS_BYTES
     if obs:
-        check_memory(each, memory)
+        check_memory(each, memory, "stats without OBS costs (`gguftool calibrate --no-obs`)")
     return obs
 
 

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from .durable import check_unchanged, identity, replacing
+from .durable import check_place, check_unchanged, identity, replacing
 from .errors import GgufToolError
 from .gguf_header import Entry, Header
 from .layout import full_shape
@@ -264,13 +264,37 @@ def check_space(out: Path, needed: int) -> None:
         raise GgufToolError(f"{out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
 
 
+# What the folder of a checkpoint or of a dataset is read from, beside model*.safetensors and what its index names. Whatever
+# else is in it is somebody's own: stats and GGUF files may lie there, and be made again.
+_READ = (".json", ".jsonl", ".txt", ".model", ".jinja", ".parquet", ".arrow", ".csv")
+
+
 def check_output(out: Path, force: bool, *inputs: Path) -> None:
-    """Raises GgufToolError where `out` exists already (unless `force`) or is one of the inputs."""
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise GgufToolError(f"{out} is an input; choose another output")
-    if out.exists() and not force:
+    """Raises GgufToolError where `out` is no file, is one of the inputs, or exists already (unless `force`).
+
+    An input that is a folder stands for the files in it that a checkpoint or a dataset is read from.
+    """
+    check_place(out)
+    if not out.exists():
+        return
+    if any(_is_read(out, place) for place in inputs):
+        raise GgufToolError(f"{out} is an input; choose another output")
+    if not force:
         raise GgufToolError(f"{out} exists; --force replaces it")
+
+
+def _is_read(out: Path, place: Path) -> bool:
+    """Whether the file `out` is the input `place`, or one that is read in the folder `place`, under whatever name."""
+    if not place.is_dir():
+        return place.exists() and out.samefile(place)
+    index = place / "model.safetensors.index.json"
+    named = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
+
+    def is_of_it(path: Path) -> bool:
+        shard = path.suffix == ".safetensors" and (path.name.startswith("model") or f'"{path.name}"' in named)
+        return (shard or path.suffix in _READ) and path.is_file()
+
+    return any(is_of_it(path) and out.samefile(path) for path in place.rglob("*"))
 
 
 def copied_entries(file: GgufFile) -> tuple[dict[str, KeyValue], list[str]]:

@@ -29,6 +29,7 @@ from .errors import GgufToolError
 from .gguf_file import Progress
 from .gguf_model import GgufModel
 from .llama_observer import LlamaRun, Routed, Sink
+from .memory import gib
 from .perplexity import open_session
 from .stats import Domain
 from .windows import Windows, batches, check_domains
@@ -262,10 +263,13 @@ def groups(layers: Sequence[int], each: int, memory: int | None) -> list[tuple[i
     return [tuple(part.tolist()) for part in np.array_split(np.array(layers, dtype=np.int64), count)]
 
 
-def check_memory(each: int, memory: int | None) -> None:
-    """Raises GgufToolError where not even one layer's `each` bytes of second moments fit."""
+def check_memory(each: int, memory: int | None, *remedies: str) -> None:
+    """Raises GgufToolError where not even one layer's `each` bytes of second moments fit.
+
+    `remedies`: what helps beside a larger limit.
+    """
     if memory is not None and each > memory:
+        remedy = ", or ".join((f"a limit of {gib(each, up=True).replace(' ', '')} or more", *remedies))
         raise GgufToolError(
-            f"the second moments of one layer take {each / 1e9:.2f} GB, and {memory / 1e9:.2f} GB are allowed; allow more,"
-            " or calibrate with --no-obs"
+            f"the second moments of one layer take {gib(each)}, and {gib(memory)} are allowed. What helps: {remedy}"
         )

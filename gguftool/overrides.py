@@ -82,6 +82,11 @@ class Overrides:
         return self.places.keys()
 
     @property
+    def files(self) -> set[Path]:
+        """The files that hold them."""
+        return {path for path, _ in self.places.values()}
+
+    @property
     def experts(self) -> set[tuple[int, int]]:
         """Which experts have a new matrix: (decoder index, expert)."""
         return {(layer, expert) for layer, expert, _ in self.places}

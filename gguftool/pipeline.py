@@ -21,7 +21,6 @@ from .gguf_model import GgufModel, is_gguf
 from .gguf_refit import NO_SEQUENTIAL
 from .journal import Journal
 from .memory import parse_dtype
-from .methods import method
 from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
@@ -29,7 +28,7 @@ from .prediction import noise
 from .prepare import Job, Prepared, check_names, prepare
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
-from .refit import can_refit
+from .refit import NO_ROUTES, can_refit
 from .report import Report, Row
 from .report_facts import calibrated_facts, expert_facts, model_facts
 from .runtime_base import BACKENDS
@@ -62,17 +61,13 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     Files are named by the ecosystem's convention, <model>-<METHOD><percent>-<encoding>.gguf.
 
     Args:
-        refit: "plain", "sequential", or "" for what the method asks for.
+        refit: "plain", "sequential", or "" for what the method has and the plan and the model allow.
     """
     check_refit(job, recipe, refit)
     stats, base, target = source.stats, source.base, recipe.target
     plan = make_plan(stats, recipe)
-    notes: tuple[str, ...] = ()
-    if not refit and method(recipe.method).refitted == "sequential" and isinstance(source.model, GgufModel):
-        refit, notes = "plain", (f"refitted plainly: {NO_SEQUENTIAL}",)
-    refit = refit or method(recipe.method).refitted
-    if refit == "sequential" and plan.drops_experts:
-        refit = "plain"  # the sequential one needs the original's routes
+    refit, notes = refitting.kind_of(source.model, plan, refit)
+    fits = bool(refit) and can_refit(source.model, plan)
     percent = round(100 * recipe.ratio)
     stem = f"{stats.model.name}-{recipe.method.upper().replace(',', '_')}{percent}"
     if plan.recipe.align != DEFAULT_ALIGN:
@@ -82,7 +77,7 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
     work.step(f"{stem}{f'-{target}' if target else ''}.plan.json", inputs, plan.save)
     kept: dict[str, Any] = {"kept": plan.kept_hash, "stats": inputs["stats"], "base": inputs["base"], "refit": refit}
     weights = None
-    if refit and can_refit(source.model, plan):
+    if fits:
         name = f"{stem}.refit{'-sequential' if refit == 'sequential' else ''}.safetensors"
         path = work.step(name, kept, lambda path: _refit(job, work, source, plan, refit, path))
         weights = work.read(path, Overrides.load)
@@ -97,12 +92,11 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
             lambda path: dern(checkpoint, plan, path, device=job.device, progress=job.progress),
         )
         weights = work.read(path, Overrides.load)
-    notes += weights.origin.notes if weights is not None else ()
-    if refit and weights is None and plan.kept_share < 1:
-        notes = (
-            *notes,
-            "nothing was refitted: whole experts went, and the weights of the others add up to 1 as before",
-        )
+    if refit and not fits:
+        nothing = "nothing was refitted: whole experts went, and the weights of the others add up to 1 as before"
+        notes = (nothing,) if plan.kept_share < 1 else ()
+    elif weights is not None:
+        notes += weights.origin.notes
     # A checkpoint of several types (gpt-oss) is called by the commonest; that name is the quantized file's then.
     mixed = target == source.encoding and not source.has_encoding(target)
     pruned = work.step(
@@ -121,13 +115,16 @@ def build(job: Job, work: Workspace, source: Prepared, recipe: Recipe, *, refit:
 
 
 def check_refit(job: Job, recipe: Recipe, refit: str) -> None:
-    """Raises GgufToolError for a refit that the model or the method does not take."""
+    """Raises GgufToolError for a refit that the model or the recipe does not take, as far as that is known without a plan.
+
+    `refitting.kind_of` decides it for a plan; what --cut-router does to the router only the plan made from stats says.
+    """
     if refit == "sequential" and is_gguf(job.model):
-        raise GgufToolError(f"--refit sequential: {NO_SEQUENTIAL}; take --refit plain")
+        raise GgufToolError(f"{NO_SEQUENTIAL}; refit it plainly")
+    if refit == "sequential" and recipe.cut_router:
+        raise GgufToolError(f"with --cut-router {NO_ROUTES}; refit it plainly")
     if refit and recipe.method == "dern":
-        raise GgufToolError(
-            "--refit: dern makes new weights of its own, and a model takes one set of them; leave it out"
-        )
+        raise GgufToolError("dern makes new weights of its own, and a model takes one set of them; leave the refit out")
 
 
 def _refit(job: Job, work: Workspace, source: Prepared, plan: PrunePlan, how: str, path: Path) -> None:
@@ -240,7 +237,7 @@ def produce(
         journal.begin()  # the folder is this run's now
     target = recipe.target
     check_refit(job, recipe, refit)
-    source = prepare(job, work, [recipe])
+    source = prepare(job, work, [recipe], refit)
     if journal is not None:
         journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built = build(job, work, source, recipe, refit=refit)

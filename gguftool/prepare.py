@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import calibration, encoding
+from .asked import refuse_options
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, load_domains
@@ -22,13 +23,16 @@ from .errors import GgufToolError
 from .forward import Windows
 from .gguf_file import Progress
 from .gguf_model import GgufModel, is_gguf, open_gguf
+from .gguf_refit import moments_bytes
 from .gguf_tokenizer import GgufTokenizer
 from .inventory import model_facts
 from .loader import usable_device
 from .memory import parse_bytes, parse_dtype
-from .methods import method
+from .plan import PrunePlan
 from .planner import make_plan
 from .recipe import Recipe
+from .refit import can_refit, refit_memory
+from .refitting import kind_of
 from .runtime import Runtime
 from .sources import Source
 from .stats import CalibrationStats, Domain
@@ -126,25 +130,27 @@ class Prepared:
         return not self.has_encoding(target) and kind not in encoding.FLOATS and bool(self.quantized_types - {kind})
 
 
-def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
-    """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
+def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe], refit: str = "") -> Prepared:
+    """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step.
+
+    Args:
+        recipes: what is planned later. refit: how all of these are refitted, as `pipeline.build` takes it.
+    """
     if is_gguf(job.model):
-        return _prepare_gguf(job, work, recipes)
+        return _prepare_gguf(job, work, recipes, refit)
     checkpoint = open_checkpoint(job.model)
     tokenizer = checkpoint.tokenizer()
     domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
     _check_evaluation(job, tokenizer)
-    usable_device(job.device, solves=any(method(recipe.method).refitted for recipe in recipes))
-    checked = calibration.of_checkpoint(
-        checkpoint, domains, device=job.device, dtype=parse_dtype(job.dtype), limit=job.limit
-    )
-    if work.dry:
-        checked.rehearse()
+    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
+    refits = _refits(checkpoint, [make_plan(blank, recipe) for recipe in recipes], refit)
+    usable_device(job.device, solves=bool(refits))
+    dtype = parse_dtype(job.dtype)
+    checked = calibration.of_checkpoint(checkpoint, domains, device=job.device, dtype=dtype, limit=job.limit)
+    for plan, kind in refits:
+        refit_memory(checkpoint, plan, domains, dtype, job.limit, device=job.device, sequential=kind == "sequential")
     if job.limit is not None:
         work.say(checked.how)
-    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
-    for recipe in recipes:
-        make_plan(blank, recipe)
     inputs = _model_key(checkpoint)
     base = base_gguf(job, work, checkpoint)
 
@@ -155,6 +161,12 @@ def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
     path = work.step(_stats_name(job), key, measure)
     stats = work.read(path, CalibrationStats.load) or blank
     return Prepared(checkpoint, base, stats, domains)
+
+
+def _refits(model: Checkpoint | GgufModel, plans: Sequence[PrunePlan], refit: str) -> list[tuple[PrunePlan, str]]:
+    """The plans that are refitted, and how. Raises as `refitting.kind_of` does."""
+    kinds = [(plan, kind_of(model, plan, refit)[0]) for plan in plans]
+    return [(plan, kind) for plan, kind in kinds if kind and can_refit(model, plan)]
 
 
 def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
@@ -179,9 +191,9 @@ def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
 
 
-def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
+def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe], refit: str) -> Prepared:
     """The same from a GGUF, which is its own base."""
-    calibration.refuse_options(job.device, job.dtype)
+    refuse_options(job.device, job.dtype)
     model, tokenizer = open_gguf(job.model), GgufTokenizer(job.llama, job.model)
     for recipe in recipes:
         if recipe.method == "dern":
@@ -190,8 +202,8 @@ def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepa
     _check_evaluation(job, tokenizer)
     checked = calibration.of_gguf(model, domains, llama=job.llama, limit=job.limit)
     blank = CalibrationStats.blank(model.facts(), len(domains), obs=checked.obs)
-    for recipe in recipes:
-        make_plan(blank, recipe)
+    for plan, _ in _refits(model, [make_plan(blank, recipe) for recipe in recipes], refit):
+        moments_bytes(plan, job.limit)
     key = {"model": model.fingerprint, "runtime": job.runtime.path.name}
 
     def measure(path: Path) -> None:

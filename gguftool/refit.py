@@ -35,6 +35,7 @@ from .stats import Domain
 from .workdir import WorkDir
 
 NOTHING = "the plan narrows no expert: there is nothing to refit"
+NO_ROUTES = "the plan drops experts from the router, and a sequential refit needs the original's routes"
 
 
 def refit(
@@ -46,11 +47,12 @@ def refit(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     how: MemoryPlan | None = None,
+    stream: LayerStream | None = None,
     progress: Progress | None = None,
 ) -> Overrides:
     """The refitted down columns of every expert that `plan` narrows, or whose weights it lets grow.
 
-    Resumable, as `calibrate` is. `how` takes the place of `dtype`, and says what lies in memory.
+    Resumable, as `calibrate` is. `how` takes the place of `dtype`, and says what lies in memory; `stream` as there.
 
     They lie in `work_dir` until they are saved; `Overrides.save` removes it.
 
@@ -77,7 +79,8 @@ def refit(
         fix = RouterFix(router, own.router, layer)
         return GramRecorder(module, narrowed[layer], solve, fix, whole_experts(plan, own), kept)
 
-    run = LayeredPass(LayerStream(checkpoint, device, dtype), domains, record, batch=how.batch, progress=progress)
+    stream = stream or LayerStream(checkpoint, device, dtype)
+    run = LayeredPass(stream, domains, record, batch=how.batch, progress=progress)
     key = identity(checkpoint, domains, dtype, dtype) | {
         "refit": plan.kept_hash,
         "ridge": RIDGE,
@@ -99,9 +102,7 @@ def check_plan(checkpoint: Checkpoint, plan: PrunePlan, *, sequential: bool = Fa
     if plan.model_fingerprint != checkpoint.fingerprint:
         raise GgufToolError(f"the plan was made for {plan.model_name}, not for the checkpoint {checkpoint.name}")
     if sequential and plan.drops_experts:
-        raise GgufToolError(
-            "the plan drops experts from the router, and a sequential refit needs the original's routes; refit it plainly"
-        )
+        raise GgufToolError(f"{NO_ROUTES}; refit it plainly")
     if not can_refit(checkpoint, plan):
         raise GgufToolError(NOTHING)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from .calibration import Asked, Domains, open_for_llama
+from .asked import Asked, Domains, open_for_llama
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import GgufToolError
 from .forward import LayerStream, Progress, check_windows
@@ -24,7 +24,7 @@ from .memory import MemoryPlan
 from .methods import method
 from .overrides import Overrides
 from .plan import PrunePlan
-from .refit import check_plan, refit, refit_memory, refitted_widths
+from .refit import NO_ROUTES, check_plan, refit, refit_memory, refitted_widths
 from .sequential import refit_sequentially
 from .windows import check_domains
 from .workdir import own_work_dir
@@ -32,21 +32,45 @@ from .workdir import own_work_dir
 KINDS = ("plain", "sequential")
 
 
+def kind_of(model: Checkpoint | GgufModel, plan: PrunePlan, asked: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """How the experts of a plan are refitted, and notes where that is otherwise than its method has it.
+
+    Args:
+        asked: one of KINDS where somebody asks for it; None or "" for what the method has.
+
+    Returns:
+        One of KINDS, or "" where the method goes without a refit and nobody asks for one.
+
+    Raises:
+        GgufToolError: the refit that is asked for cannot be had of this model and this plan.
+    """
+    kind = asked or method(plan.recipe.method).refitted
+    if kind != "sequential":
+        return kind, ()
+    why = NO_SEQUENTIAL if isinstance(model, GgufModel) else NO_ROUTES if plan.drops_experts else None
+    if why is None:
+        return kind, ()
+    if asked:
+        raise GgufToolError(f"{why}; refit it plainly")
+    return "plain", (f"refitted plainly: {why}",)
+
+
 @dataclass(frozen=True)
 class CheckpointRefit:
     """A checked refit of a checkpoint's experts, every layer for itself or one after the other.
 
     Attributes:
-        memory: how it is run. kind: "plain" or "sequential".
+        memory: how it is run. stream: the model, whose weights come a layer at a time; on the device that it runs on.
+        kind: one of KINDS. notes: what is otherwise than the method has it.
     """
 
     checkpoint: Checkpoint
     plan: PrunePlan
     domains: Domains
     memory: MemoryPlan
+    stream: LayerStream
     kind: str
-    device: str
-    notes: ClassVar[tuple[str, ...]] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def how(self) -> str:
@@ -67,14 +91,14 @@ class CheckpointRefit:
         """The new weights, saved as `out`. See `refit.refit` and `sequential.refit_sequentially`."""
         fit = refit_sequentially if self.kind == "sequential" else refit
         made = fit(
-            self.checkpoint, self.plan, self.domains, work_dir, device=self.device, how=self.memory, progress=progress
+            self.checkpoint, self.plan, self.domains, work_dir, stream=self.stream, how=self.memory, progress=progress
         )
         return _saved(made, out)
 
 
 @dataclass(frozen=True)
 class GgufRefit:
-    """A checked refit of a GGUF's experts, which llama.cpp runs. `notes` say what is otherwise than the method asks."""
+    """A checked refit of a GGUF's experts, which llama.cpp runs. `notes` say what is otherwise than the method has it."""
 
     model: GgufModel
     plan: PrunePlan
@@ -109,11 +133,10 @@ Refit: TypeAlias = CheckpointRefit | GgufRefit
 def checked(asked: Asked, plan: Path | PrunePlan, *, how: str | None = None, dry_run: bool = False) -> Iterator[Refit]:
     """A refit of which all has been checked, to `run` in `asked.work_dir` while the block lasts.
 
-    Until the block ends no other run can have that directory. A `dry_run` takes no lock and writes nothing; it also finds out
-    whether the weights fill the model, as a run does first.
+    Until the block ends no other run can have that directory. A `dry_run` takes no lock and writes nothing.
 
     Args:
-        how: one of KINDS, None for what the plan's method asks for and the plan and the model allow.
+        how: one of KINDS, None for what the plan's method has and the plan and the model allow; "plain" where it has none.
 
     Raises:
         GgufToolError: for whatever would be refused, and where another process makes the same output.
@@ -123,57 +146,53 @@ def checked(asked: Asked, plan: Path | PrunePlan, *, how: str | None = None, dry
             stack.enter_context(own_work_dir(asked.out))
         asked.check(dry_run, *([plan] if isinstance(plan, Path) else []))
         if how is not None and how not in KINDS:
-            raise GgufToolError(f"--how {how}: a refit is {' or '.join(KINDS)}")
-        yield _opened_gguf(asked, plan, how) if is_gguf(asked.model) else _opened_checkpoint(asked, plan, how, dry_run)
+            raise GgufToolError(f"a refit is {' or '.join(KINDS)}, not {how!r}")
+        yield _opened_gguf(asked, plan, how) if is_gguf(asked.model) else _opened_checkpoint(asked, plan, how)
 
 
 def of_checkpoint(
     checkpoint: Checkpoint, plan: PrunePlan, domains: Domains, *, kind: str, device: str = "cpu",
-    dtype: torch.dtype | None = None, limit: int | None = None,
+    dtype: torch.dtype | None = None, limit: int | None = None, notes: tuple[str, ...] = (),
 ) -> CheckpointRefit:  # fmt: skip
     """The refit of an opened checkpoint on these windows; the plan is one for it.
 
-    `dtype` and `limit` as `plan_memory` has them. Raises as `checked` does.
+    `dtype` and `limit` as `plan_memory` has them. Raises as `checked` does; that the weights fill the model is seen here, though
+    none is read yet.
     """
     usable_device(device, solves=True)
     check_windows(checkpoint, domains)
     memory = refit_memory(checkpoint, plan, domains, dtype, limit, device=device, sequential=kind == "sequential")
-    return CheckpointRefit(checkpoint, plan, domains, memory, kind, device)
+    stream = LayerStream(checkpoint, device, memory.dtype)
+    return CheckpointRefit(checkpoint, plan, domains, memory, stream, kind, notes)
 
 
-def of_gguf(model: GgufModel, plan: PrunePlan, domains: Domains, *, llama: Any, limit: int | None = None) -> GgufRefit:
+def of_gguf(
+    model: GgufModel, plan: PrunePlan, domains: Domains, *, llama: Any, limit: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> GgufRefit:  # fmt: skip
     """The plain refit of an opened GGUF on these windows; the plan is one for it. Raises as `checked` does."""
     check_domains(domains, model.n_ctx_train, model.n_vocab)
     moments_bytes(plan, limit)
-    return GgufRefit(model, plan, domains, llama, limit)
+    return GgufRefit(model, plan, domains, llama, limit, notes)
 
 
-def _opened_checkpoint(asked: Asked, given: Path | PrunePlan, how: str | None, dry_run: bool) -> CheckpointRefit:
+def _opened_checkpoint(asked: Asked, given: Path | PrunePlan, how: str | None) -> CheckpointRefit:
     usable_device(asked.device, solves=True)
     checkpoint, plan = open_checkpoint(asked.model), _loaded(given)
-    # The sequential one needs the original's routes.
-    own = "plain" if plan.drops_experts else method(plan.recipe.method).refitted
-    kind = how or own or "plain"
-    check_plan(checkpoint, plan, sequential=kind == "sequential")
-    domains = asked.domains(checkpoint.tokenizer())
-    found = of_checkpoint(
-        checkpoint, plan, domains, kind=kind, device=asked.device, dtype=asked.kind, limit=asked.limit
-    )
-    if dry_run:
-        LayerStream(checkpoint, asked.device, found.memory.dtype)
-    return found
+    kind, notes = kind_of(checkpoint, plan, how)
+    check_plan(checkpoint, plan)
+    return of_checkpoint(
+        checkpoint, plan, asked.domains(checkpoint.tokenizer()), kind=kind or "plain", device=asked.device,
+        dtype=asked.kind, limit=asked.limit, notes=notes,
+    )  # fmt: skip
 
 
 def _opened_gguf(asked: Asked, given: Path | PrunePlan, how: str | None) -> GgufRefit:
-    if how == "sequential":
-        raise GgufToolError(f"--how sequential: {NO_SEQUENTIAL}; take --how plain")
     plan = _loaded(given)
     model, tokenizer, llama = open_for_llama(asked)
+    _, notes = kind_of(model, plan, how)
     model = refittable(model, plan, llama)
-    found = of_gguf(model, plan, asked.domains(tokenizer), llama=llama, limit=asked.limit)
-    if how is None and method(plan.recipe.method).refitted == "sequential":
-        return replace(found, notes=(f"refitting plainly: {NO_SEQUENTIAL}",))
-    return found
+    return of_gguf(model, plan, asked.domains(tokenizer), llama=llama, limit=asked.limit, notes=notes)
 
 
 def _loaded(plan: Path | PrunePlan) -> PrunePlan:

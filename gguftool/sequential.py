@@ -56,6 +56,7 @@ def refit_sequentially(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     how: MemoryPlan | None = None,
+    stream: LayerStream | None = None,
     progress: Progress | None = None,
 ) -> Overrides:
     """The fitted down columns of every expert that keeps a neuron, narrowed or whole. Resumable at every layer.
@@ -63,7 +64,7 @@ def refit_sequentially(
     On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, five times tokens x d. An
     expert reads its tokens there in their order, but not all of them, so it is quickest where they fit into the free memory.
     In memory a layer and the second moments of one expert at a time; the fitted columns lie in a mapped file until the layer
-    is saved. `how` takes the place of `dtype`.
+    is saved. `how` takes the place of `dtype`; `stream` as in `calibrate`.
 
     Raises:
         GgufToolError: the plan is for another checkpoint, drops experts from the router, or there is nothing to refit.
@@ -73,7 +74,8 @@ def refit_sequentially(
     batch = DEFAULT_BATCH
     if how is not None:
         dtype, batch = how.dtype, how.batch
-    run = _Streams(checkpoint, plan, domains, work_dir, device, dtype, progress, batch)
+    stream = stream or LayerStream(checkpoint, device, dtype)
+    run = _Streams(stream, plan, domains, work_dir, dtype, progress, batch)
     run.run()
     places: dict[Key, tuple[Path, str]] = {
         (layer.index, int(name.partition(".")[0]), "down"): (run.pruned.sums_path(layer.index), name)
@@ -88,13 +90,13 @@ class _Streams:
     """The two streams and where they stand. The original's is a layer ahead while a layer is fitted."""
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: PrunePlan, domains: Sequence[tuple[Domain, Windows]], work_dir: Path,
-        device: str, dtype: torch.dtype, progress: Progress | None, batch: int = DEFAULT_BATCH,
+        self, stream: LayerStream, plan: PrunePlan, domains: Sequence[tuple[Domain, Windows]], work_dir: Path,
+        dtype: torch.dtype, progress: Progress | None, batch: int = DEFAULT_BATCH,
     ) -> None:  # fmt: skip
-        self.checkpoint, self.dtype, self.work_dir = checkpoint, dtype, work_dir
+        checkpoint = stream.checkpoint
+        self.stream, self.checkpoint, self.dtype, self.work_dir = stream, checkpoint, dtype, work_dir
         self.layers = {layer.index: layer for layer in plan.layers}
         self.tell = progress or (lambda done, total, text: None)
-        self.stream = LayerStream(checkpoint, device, dtype)
         self.passing = LayeredPass(self.stream, domains, lambda module, _: _Inputs(module, None), batch=batch)
         key = identity(checkpoint, domains, dtype, dtype)
         key |= {"refit": plan.kept_hash, "ridge": RIDGE, "joint ridge": JOINT_RIDGE}

@@ -31,11 +31,13 @@ from .evaluate import Comparison, compare_many
 from .gguf_file import GgufFile
 from .gguf_model import is_gguf
 from .inventory import model_facts
+from .loader import usable_device
 from .measurements import Store, digest, measured_facts, plain
 from .pipeline import build, quantize_base
 from .planner import fingerprint, make_plan
 from .prepare import Job, Prepared, prepare
 from .recipe import Recipe
+from .refitting import kind_of
 from .stats import CalibrationStats
 from .sweep_report import CONTROL, PRUNED, UNPRUNED, Name, SweepReport, SweepRow
 from .variants import Variant
@@ -133,8 +135,15 @@ def check(job: Job, grid: Grid) -> None:
         raise GgufToolError(f"{job.model}: sweep compares what comes of a checkpoint; compress takes a GGUF")
     checkpoint = open_checkpoint(job.model)
     blank = CalibrationStats.blank(model_facts(checkpoint))
+    refits = []
     for variant, ratio, target in _combinations(grid):
-        variant.check(make_plan(blank, variant.recipe(ratio, target, 0)), blank.model.norm_topk)
+        plan = make_plan(blank, variant.recipe(ratio, target, 0))
+        variant.check(plan, blank.model.norm_topk)
+        try:
+            refits.append(kind_of(checkpoint, plan, variant.refit)[0])
+        except GgufToolError as error:
+            raise GgufToolError(f"--method {variant.name}: {error}") from error
+    usable_device(job.device, solves=any(refits))
     if grid.seeds > 1:
         load_domains(job.calibration, checkpoint.tokenizer(), job.n_ctx, job.windows, seed=1)
 

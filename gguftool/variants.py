@@ -45,11 +45,6 @@ class Variant:
             raise GgufToolError(
                 f"--method {self.name}: {self.method} drops whole experts and narrows none, so there is nothing to refit"
             )
-        if self.refit == "sequential":
-            raise GgufToolError(
-                f"--method {self.name}: a sequential refit wants every expert in the router; +refit takes back how much "
-                "the router's weights grow"
-            )
 
 
 def parse_variant(text: str) -> Variant:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from .durable import SAVED, held, is_saved, replacing, stated, write_text
+from .durable import SAVED, check_place, held, is_saved, replacing, stated, write_text
 from .errors import GgufToolError
 
 # Rises where what a layer leaves behind changes.
@@ -198,8 +198,9 @@ def own_work_dir(out: Path) -> Iterator[Path]:
     """Gives the work directory of the run that makes `out`, which is this process' alone while the block runs.
 
     Two runs on one output would take each other's state for their own, or clear it. Raises GgufToolError, with the number of
-    the process, where another one has it, and where nothing can be written there.
+    the process, where another one has it, and where nothing can be written there or `out` is no file.
     """
+    check_place(out)
     work_dir = work_dir_of(out)
     with ExitStack() as stack:
         with stated(work_dir):

@@ -65,7 +65,7 @@ def prune(
         GgufToolError: the plan is for another model, the disk is too small, `out` exists, `base` is damaged, an override
             belongs to nothing in the plan, or something has to be quantized anew and cannot be.
     """
-    check_output(out, force or dry_run, base)
+    check_output(out, force or dry_run, base, *(overrides.files if overrides is not None else ()))
     file = GgufFile(base)
     file.check_whole()
     kind = _layout_in(file, plan)

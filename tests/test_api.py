@@ -173,7 +173,7 @@ def test_the_functions_refuse_what_the_commands_refuse(tiny, tmp_path):
         gguftool.calibrate(tiny, data=[missing], out=out, device="abacus")  # before any text is read
     with pytest.raises(GgufToolError, match="--part '3/2'"):
         gguftool.calibrate(tiny, data=[text], out=out, part="3/2")
-    with pytest.raises(GgufToolError, match="--how twice: a refit is plain or sequential"):
+    with pytest.raises(GgufToolError, match="a refit is plain or sequential, not 'twice'"):
         gguftool.refit(tiny, plan=tmp_path / "plan.json", data=[text], out=out, how="twice")
     with pytest.raises(GgufToolError, match="text.txt/out.work: cannot be written"):
         gguftool.calibrate(tiny, data=[text], out=text / "out")

@@ -298,7 +298,7 @@ def test_compress_makes_the_weights_of_a_dern_recipe(stats, checkpoint_dir, base
     assert build(job, work, source, Recipe("dern", 0.25)).path == built.path
     assert f"{weights.name}: already there" in said and f"{built.path.name}: already there" in said
     assert build(job, work, source, Recipe("dern", 0.0)).notes == ()
-    with pytest.raises(GgufToolError, match="--refit: dern makes new weights of its own"):
+    with pytest.raises(GgufToolError, match="dern makes new weights of its own"):
         build(job, work, source, Recipe("dern", 0.25), refit="plain")
 
 

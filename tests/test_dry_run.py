@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+import gguftool
 from gguftool import builtin
+from gguftool.asked import Asked
+from gguftool.checkpoint import open_checkpoint
 from gguftool.cli import cli
 from gguftool.errors import GgufToolError
 from gguftool.expand import expand
-from gguftool.gguf_file import GgufFile
+from gguftool.gguf_file import GgufFile, check_output
 from gguftool.gguf_model import open_gguf
+from gguftool.inventory import model_facts
 from gguftool.overrides import Overrides
+from gguftool.plan import PrunePlan
 from gguftool.planner import make_plan
 from gguftool.quantize import QuantizeTool, quantize
 from gguftool.recipe import Recipe
+from gguftool.refitting import checked, kind_of
+from gguftool.sources import Source
 from gguftool.stats import CalibrationStats
 from gguftool.writer import prune
 from models import sample_text, tiny_checkpoint
@@ -112,15 +121,102 @@ def test_convert_is_refused_for_a_pre_tokenizer_that_is_missing_or_unknown(refus
     refused("knows no pre-tokenizer 'qwen22'; near are qwen2", *convert, "--pre-tokenizer", "qwen22")
 
 
-def test_an_output_that_is_an_input_is_refused(ask, files, base_gguf):
-    pruned = files / "pruned.gguf"
-    for command in (
+def run(*arguments):
+    cli.main([*map(str, arguments), "--quiet"], standalone_mode=False)
+
+
+def test_an_output_that_is_an_input_is_refused(files, checkpoint_dir, base_gguf, tmp_path, llama):
+    here, model, odd, base = (tmp_path / name for name in ("files", "model", "odd", "base.gguf"))
+    shutil.copytree(files, here)
+    shutil.copytree(checkpoint_dir, model)
+    shutil.copyfile(base_gguf, base)
+    (here / "link.gguf").symlink_to(base)
+    (here / "text.txt").write_text("a text")
+    (here / "weights.safetensors").write_text("weights")
+    odd.mkdir()  # an index may call a shard as it likes
+    (odd / "model.safetensors.index.json").write_text('{"weight_map": {"a": "weights.safetensors"}}')
+    (odd / "weights.safetensors").write_text("a shard")
+    (odd / "rows.jsonl").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    pruned, stats, plan, weights, text = (
+        here / name for name in ("pruned.gguf", "stats.safetensors", "plan.json", "weights.safetensors", "text.txt")
+    )
+    data = ("--data", text, "--windows", 1)
+    dry = [
         ("quantize", pruned, "Q8_0", "-o", pruned),
+        ("quantize", pruned, "Q8_0", "--imatrix", stats, "-o", stats),
         ("expand", pruned, "-o", pruned),
-        ("prune", base_gguf, "--plan", files / "plan.json", "-o", base_gguf),
+        ("prune", base, "--plan", plan, "-o", base),
+        ("prune", base, "--plan", plan, "-o", plan),
+        ("prune", base, "--plan", plan, "--weights", weights, "-o", weights),
+        ("prune", here / "link.gguf", "--plan", plan, "-o", base),
+        ("convert", model, "-o", model / "model.safetensors"),
+        ("convert", model, "-o", model / "tokenizer.json"),
+        ("calibrate", model, *data, "-o", text),
+        ("calibrate", model, *data, "-o", model / "model.safetensors"),
+        ("calibrate", odd, *data, "-o", odd / "weights.safetensors"),
+        ("calibrate", model, "--data", f"hf:{odd}", "-o", odd / "rows.jsonl"),
+        ("calibrate", base, *data, "-o", base),
+        ("calibrate", base, *data, "-o", here / "link.gguf"),
+        ("refit", model, "--plan", plan, *data, "-o", plan),
+        ("refit", model, "--plan", plan, *data, "-o", model / "config.json"),
+        ("refit", base, "--plan", plan, *data, "-o", base),
+    ]
+    others = [
+        ("dern", model, "--plan", plan, "-o", model / "model.safetensors"),
+        ("plan", stats, "--ratio", 0.4, "-o", stats),
+        ("stats", "merge", stats, stats, "-o", stats),
+        ("sensitivity", base, "--stats", stats, "--data", text, "-o", text),
+    ]
+    for command in (
+        *((*command, "--dry-run") for command in dry),
+        *((*command, "--force") for command in dry + others),
     ):
         with pytest.raises(GgufToolError, match="is an input"):
-            ask(*command)
+            run(*command)
+    for refused in (
+        lambda: gguftool.prune(base, plan=plan, out=plan, force=True),
+        lambda: gguftool.prune(base, plan=plan, weights=weights, out=weights, force=True),
+        lambda: gguftool.quantize(pruned, "Q8_0", imatrix=stats, out=stats, force=True),
+        lambda: gguftool.plan(stats, ratio=0.4, out=stats, force=True),
+    ):
+        with pytest.raises(GgufToolError, match="is an input"):
+            refused()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+
+
+def test_what_else_lies_in_a_models_folder_is_no_input(checkpoint_dir, tmp_path):
+    """Whoever keeps stats and GGUF files there can make them again."""
+    model = shutil.copytree(checkpoint_dir, tmp_path / "model")
+    for name in ("stats.safetensors", "base.gguf", "stats"):
+        (model / name).write_text("of an earlier run")
+        check_output(model / name, True, model)
+        with pytest.raises(GgufToolError, match="--force replaces it"):
+            check_output(model / name, False, model)
+
+
+def test_an_output_that_is_a_folder_is_refused_at_once(tmp_path, monkeypatch, llama):
+    """Before anything is read: nothing else of what is named is there."""
+    none, folder = tmp_path / "none", tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for out in (folder, "."):
+        for command in (
+            ("calibrate", none, "--data", none),
+            ("refit", none, "--plan", none, "--data", none),
+            ("dern", none, "--plan", none),
+            ("prune", none, "--plan", none),
+            ("quantize", none, "Q8_0"),
+            ("expand", none),
+            ("convert", none),
+            ("sensitivity", none, "--stats", none, "--data", none),
+            ("plan", none, "--ratio", 0.4),
+            ("stats", "merge", none),
+        ):
+            for more in ([], ["--force"]):
+                with pytest.raises(GgufToolError, match="a folder, and the output is a file"):
+                    run(*command, "-o", out, *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not list(folder.iterdir())
 
 
 def test_calibrate(ask, checkpoint_dir, base_gguf, files, tmp_path, llama):
@@ -162,7 +258,9 @@ def test_calibrate_is_refused_as_the_run_is(refused, checkpoint_dir, base_gguf, 
         refused("a context of 1025 tokens is more than the model's 1024", "calibrate", model, *rest, "--ctx", 1025)
         refused("--part '3/2': it takes I/N", "calibrate", model, *rest, "--part", "3/2")
     refused("at least", "calibrate", checkpoint_dir, *rest, "--memory", "1MiB")
-    refused("second moments of one layer take", "calibrate", base_gguf, *rest, "--memory", "100KiB")
+    refused(
+        "second moments of one layer take .*, or stats without OBS", "calibrate", base_gguf, *rest, "--memory", "100KiB"
+    )
     refused("in its own types", "calibrate", base_gguf, *rest, "--dtype", "bfloat16")
     refused("on the CPU; leave it out", "calibrate", base_gguf, *rest, "--device", "cuda")
 
@@ -176,27 +274,103 @@ def test_refit_is_refused_as_the_run_is(refused, checkpoint_dir, base_gguf, file
 
     refit(base_gguf, "plan.json", "refit the model that was calibrated")
     refit(base_gguf, "gguf-drop.json", "nothing to refit")
-    refit(base_gguf, "gguf.json", "take --how plain", "--how", "sequential")
+    refit(base_gguf, "gguf.json", "needs the checkpoint.*; refit it plainly", "--how", "sequential")
     refit(base_gguf, "gguf.json", "in its own types", "--dtype", "bfloat16")
     refit(base_gguf, "gguf.json", "on the CPU; leave it out", "--device", "cuda")
     refit(base_gguf, "gguf.json", "no such text file", "--data", tmp_path / "missing.txt")
     refit(base_gguf, "gguf.json", "more than the model's 1024", "--ctx", 1025)
-    refit(base_gguf, "gguf.json", "second moments of one layer take", "--memory", "1KiB")
+    refit(
+        base_gguf,
+        "gguf.json",
+        r"second moments of one layer take .* helps: a limit of \S+ or more$",
+        "--memory",
+        "1KiB",
+    )
     refit(checkpoint_dir, "gguf.json", "not for the checkpoint")
     refit(checkpoint_dir, "all.json", "nothing to refit")
     refit(checkpoint_dir, "drop.json", "drops experts from the router", "--how", "sequential")
     refit(checkpoint_dir, "plan.json", "more than the model's 1024", "--ctx", 1025)
 
 
-def test_weights_that_do_not_fill_the_model_are_refused(ask, tmp_path):
-    model, text = tiny_checkpoint(tmp_path / "model"), tmp_path / "text.txt"
+@pytest.mark.parametrize("command", ["calibrate", "refit", "compress"])
+def test_weights_that_do_not_fill_the_model_are_refused(command, tmp_path, llama):
+    """By a dry run as by a real one, and before the checkpoint is converted."""
+    model, text, out = tiny_checkpoint(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
     text.write_text(sample_text(200))
     tensors = load_file(model / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("calibrate", model, "--data", text, "--ctx", 32, "-o", tmp_path / "s.safetensors")
-    with pytest.raises(GgufToolError, match="lacks tensor model.norm.weight"):
-        ask(*arguments)
+    blank = CalibrationStats.blank(model_facts(open_checkpoint(model)))
+    make_plan(blank, Recipe("global", 0.4, align=8)).save(tmp_path / "plan.json")
+    own = {
+        "calibrate": (),
+        "refit": ("--plan", tmp_path / "plan.json"),
+        "compress": ("--ratio", 0.4, "--eval", text, "--backend", "cpu", "--pre-tokenizer", "qwen2"),
+    }[command]
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(GgufToolError, match="lacks tensor model.norm.weight"):
+            run(command, model, "--data", text, "--ctx", 32, *own, "-o", out, *dry)
+    assert not out.is_file() and not (out / "base.gguf").exists()
+
+
+def test_a_refit_is_plain_where_the_sequential_one_cannot_be(checkpoint_dir, stats, tmp_path, ask):
+    """By default, with a note; asked for by name it is refused, by every command that takes it."""
+    text = builtin.texts()["calib_code"]
+    weak = stats.neurons["obs"].copy()
+    weak[0, :3] *= 1e-9  # three experts lose every neuron
+    less = replace(stats, neurons={**stats.neurons, "obs": weak})
+    cut = make_plan(less, Recipe("auto", 0.4, cut_router=True))
+    assert cut.drops_experts
+    asked = Asked(checkpoint_dir, [Source(str(text))], tmp_path / "w.safetensors", 64, 1)
+    with checked(asked, cut, dry_run=True) as found:
+        assert found.kind == "plain" and "needs the original's routes" in found.notes[0]
+    with checked(asked, make_plan(stats, Recipe("auto", 0.4)), dry_run=True) as found:
+        assert found.kind == "sequential" and not found.notes
+    words = "drops experts from the router, and a sequential refit needs the original's routes; refit it plainly"
+    with pytest.raises(GgufToolError, match=words), checked(asked, cut, how="sequential", dry_run=True):
+        pass
+    for options in (("--cut-router",), ("--method", "reap")):
+        with pytest.raises(GgufToolError, match=words):
+            ask(*compressing(checkpoint_dir, tmp_path), "--refit", "sequential", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_how_a_plan_is_refitted(checkpoint_dir, base_gguf, files):
+    checkpoint, model = open_checkpoint(checkpoint_dir), open_gguf(base_gguf)
+    sliced, dropped, auto = (PrunePlan.load(files / f"{name}.json") for name in ("plan", "drop", "gguf"))
+    assert kind_of(checkpoint, sliced) == kind_of(checkpoint, dropped) == ("", ())
+    assert kind_of(checkpoint, sliced, "plain") == kind_of(checkpoint, dropped, "plain") == ("plain", ())
+    assert kind_of(checkpoint, sliced, "sequential") == kind_of(checkpoint, auto) == ("sequential", ())
+    kind, notes = kind_of(model, auto)
+    assert kind == "plain" and "needs the checkpoint" in notes[0]
+    assert kind_of(model, auto, "plain") == ("plain", ())
+    with pytest.raises(GgufToolError, match="needs the checkpoint"):
+        kind_of(model, auto, "sequential")
+
+
+def test_compress_refuses_a_refit_before_the_first_dear_step(checkpoint_dir, tmp_path, ask, llama, monkeypatch):
+    arguments = (*compressing(checkpoint_dir, tmp_path), "--method", "global", "--refit", "plain")
+
+    def too_little(*_args, **_options):
+        raise GgufToolError("a refit takes more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gguftool.prepare.refit_memory", too_little)
+        with pytest.raises(GgufToolError, match="a refit takes more"):
+            ask(*arguments)
+        ask(*arguments[:-2])  # the method itself goes without a refit
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    with pytest.raises(GgufToolError, match="it solves in float64"):
+        ask(*arguments, "--device", "mps")
+    assert not list(tmp_path.iterdir())
+
+
+def compressing(model, folder):
+    texts = builtin.texts()
+    return (
+        "compress", model, "--ratio", "0.25", "--data", texts["calib_code"], "--windows", 1, "--eval", texts["eval_code"],
+        "--backend", "cpu", "--pre-tokenizer", "qwen2", "-o", folder / "out",
+    )  # fmt: skip
 
 
 def test_compress(ask, checkpoint_dir, tmp_path, llama):

@@ -370,6 +370,6 @@ def test_conversion_shows_how_far_it_is(checkpoint_dir: Path, runtime: Any, tmp_
 
 
 def test_conversion_to_an_unknown_type_is_refused_before_it_starts(checkpoint_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(GgufToolError, match="--outtype q4_k: the converter writes auto, f32, f16, bf16, q8_0"):
+    with pytest.raises(GgufToolError, match="outtype 'q4_k': the converter writes auto, f32, f16, bf16, q8_0"):
         convert(checkpoint_dir, tmp_path / "a.gguf", None, outtype="q4_k")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())

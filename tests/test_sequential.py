@@ -16,14 +16,18 @@ from gguftool.checkpoint import open_checkpoint
 from gguftool.corpus import load_domain
 from gguftool.errors import GgufToolError
 from gguftool.evaluate import compare_many
+from gguftool.forward import LayerStream
 from gguftool.overrides import Overrides
+from gguftool.pipeline import build, what_to_know
 from gguftool.plan import LayerPlan
 from gguftool.planner import make_plan
+from gguftool.prepare import Job, Prepared
 from gguftool.recipe import Recipe
 from gguftool.refit import refit
 from gguftool.sequential import JOINT_RIDGE, LayerFit, Routes, refit_sequentially
 from gguftool.stats import Domain
 from gguftool.surgery import mask_model
+from gguftool.workspace import Workspace
 from gguftool.writer import prune
 from models import tiny_checkpoint
 from synthetic import make_plan as plan_of
@@ -183,7 +187,7 @@ def test_the_pruned_stream_is_that_of_the_masked_model(model_type, sizes, tmp_pa
     plan = plan_of(widths, 32, 2, arch=checkpoint.architecture.gguf_arch, layers=checkpoint.moe_layers)
     plan = replace(plan, model_fingerprint=checkpoint.fingerprint)
     domains = [(Domain("random", "0" * 64, windows.size), windows)]
-    run = sequential._Streams(checkpoint, plan, domains, tmp_path / "w", "cpu", torch.float32, None)
+    run = sequential._Streams(LayerStream(checkpoint), plan, domains, tmp_path / "w", torch.float32, None)
     run.run()
     ours = run.pruned.hidden()
     weights = refit_sequentially(checkpoint, plan, domains, tmp_path / "w")
@@ -232,3 +236,21 @@ def test_what_it_cannot_refit_is_refused(case, stats, tmp_path):
     with pytest.raises(GgufToolError, match="not for the checkpoint"):
         refit_sequentially(checkpoint, replace(plan, model_fingerprint="0" * 64), domains, tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_compress_refits_plainly_where_experts_left_the_router(case, stats, base_gguf, runtime, llama, tmp_path):
+    checkpoint, domains, _ = case
+    domains = [(replace(domain, tokens=512), windows[:1]) for domain, windows in domains]
+    weak = stats.neurons["obs"].copy()
+    weak[0, :3] *= 1e-9  # three experts lose every neuron
+    source = Prepared(checkpoint, base_gguf, replace(stats, neurons={**stats.neurons, "obs": weak}), domains)
+    job = Job(checkpoint.path, [], [], runtime, llama, lambda *_: None)
+    work, recipe = Workspace(tmp_path / "out", lambda _: None), Recipe("auto", 0.4, cut_router=True)
+    built = build(job, work, source, recipe)
+    assert built.label == "auto 40 % + refit" and built.path.name.endswith("AUTO40R-BF16.gguf")
+    note = (
+        "refitted plainly: the plan drops experts from the router, and a sequential refit needs the original's routes"
+    )
+    assert note in what_to_know(source, built)
+    with pytest.raises(GgufToolError, match="the plan drops experts from the router.*; refit it plainly"):
+        build(job, work, source, recipe, refit="sequential")

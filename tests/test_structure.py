@@ -62,6 +62,7 @@ ROWS = [
     ({"calibrate", "refit", "dern", "writer", "expand", "quantize", "convert", "evaluate", "inspection"},
      {"numpy", "torch", "transformers", "gguf", "llama_cpp"}),
     ({"sequential", "gguf_calibrate", "gguf_refit"}, {"numpy", "torch"}),
+    ({"asked"}, {"torch"}),
     ({"calibration"}, {"torch"}),
     ({"refitting"}, {"torch"}),
     ({"probe"}, set()),

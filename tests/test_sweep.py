@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gguftool.cli import cli
 from gguftool.errors import GgufToolError
 from gguftool.prepare import Job, prepare
 from gguftool.stats import CalibrationStats
-from gguftool.sweep import Grid, parse_groups, parse_targets
+from gguftool.sweep import Grid, check, parse_groups, parse_targets
 from gguftool.sweep_report import CONTROL, PRUNED, UNPRUNED, Name, Score, SweepReport, SweepRow
 from gguftool.tradeoff import Point, Verdict, at_each_size, curve, front, interpolate, judge, winning_sizes
 from gguftool.variants import Variant, parse_variant
@@ -456,3 +457,20 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     done = CliRunner().invoke(cli, [*map(str, arguments)])
     assert isinstance(done.exception, GgufToolError) and message in str(done.exception)
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_refit_that_cannot_be_had_is_refused_by_its_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "olmoe")
+    job = Job(model, [], [], None, None, lambda *_: None)  # type: ignore[arg-type]
+
+    def grid(name: str) -> Grid:
+        return Grid([parse_variant(name)], [1 / 3], [None], [], {"text": []})
+
+    check(job, grid("reap+refit"))  # takes back how much the router's weights grow
+    with pytest.raises(
+        GgufToolError, match=r"--method reap\+refit=sequential: the plan drops experts .* refit it plainly"
+    ):
+        check(job, grid("reap+refit=sequential"))
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    with pytest.raises(GgufToolError, match="solves in float64"):
+        check(replace(job, device="mps"), grid("auto"))

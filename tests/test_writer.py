@@ -234,6 +234,11 @@ def test_outputs_are_not_replaced_and_inputs_not_lost(plain, tmp_path):
         prune(plain, plan, tmp_path / "there.gguf")
     with pytest.raises(GgufToolError, match="is an input"):
         prune(plain, plan, plain, force=True)
+    new = tmp_path / "w.safetensors"
+    new.write_text("weights")
+    with pytest.raises(GgufToolError, match="is an input"):
+        weights = Overrides(Origin("refit", plan.kept_hash), {(0, 0, "down"): (new, "0.0.down")})
+        prune(plain, plan, new, overrides=weights, force=True)
     assert plain.read_bytes() == before and (tmp_path / "there.gguf").read_text() == "mine"
 
 
