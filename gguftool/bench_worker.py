@@ -104,7 +104,11 @@ class Session:
             return {"chosen": [self.chosen[layer].tolist() for layer in sorted(self.chosen)]}
         if kind == "logits":
             return {"logits": [row[i] for i in range(self.n_vocab)]}
-        return {"parts": np.diff(ends).tolist(), "seconds": ends[-1] - ends[0], "cpu_seconds": time.process_time() - cpu}
+        return {
+            "parts": np.diff(ends).tolist(),
+            "seconds": ends[-1] - ends[0],
+            "cpu_seconds": time.process_time() - cpu,
+        }
 
     def _forget(self) -> None:
         self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)

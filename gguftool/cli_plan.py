@@ -21,8 +21,9 @@ def methods(as_json: bool, quiet: bool) -> None:
     table = Table("method", "what it does", "source", "layout")
     for method in METHODS.values():
         table.add_row(method.name, method.summary, method.source, "stock" if method.stock else "tiered")
+    line = "stock: runs on any llama.cpp, where the family allows; tiered: on the patched one (docs/architectures.md says where)"
     facts = [{"name": m.name, "summary": m.summary, "source": m.source, "stock": m.stock} for m in METHODS.values()]
-    make_terminal(as_json, quiet).show({"methods": facts}, table)
+    make_terminal(as_json, quiet).show({"methods": facts}, table, line)
 
 
 @click.command()

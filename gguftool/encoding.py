@@ -96,7 +96,7 @@ class MixFacts:
     Attributes:
         gguf_arch: `general.architecture`.
         n_layer: `{arch}.block_count`, multi-token-prediction layers included.
-        n_expert: experts of the unpruned model, 0 for a dense one.
+        n_expert: experts of the model that was measured, not of what was cut from it; 0 for a dense one.
         n_gqa: query heads per key-value head of layer 0, as the metadata counts them; 0 where it counts none.
         has_imatrix: whether an importance matrix will be used.
         twins: whether stock stacks of experts take the 32-block twin too, as tiers always do: true for a pruned file.
@@ -111,9 +111,9 @@ class MixFacts:
 
     @classmethod
     def of_model(cls, model: ModelFacts, *, has_imatrix: bool = False) -> MixFacts:
-        """Facts of an unpruned model, for whoever has no KVs."""
+        """Facts of a model that was measured, for whoever has no KVs."""
         n_gqa = _heads_by_rows(model.tensors) if model.n_gqa is None else model.n_gqa
-        return cls(model.gguf_arch, model.block_count, model.n_expert, n_gqa, has_imatrix)
+        return cls(model.gguf_arch, model.block_count, model.n_expert, n_gqa, has_imatrix, model.pruned)
 
     @property
     def is_70b(self) -> bool:

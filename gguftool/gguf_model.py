@@ -82,6 +82,7 @@ class GgufModel:
             tensors=file.tensors, n_group=max(1, file.arch_integer("expert_group_count", 1)),
             n_group_used=max(1, file.arch_integer("expert_group_used_count", 1)), norm_topk=self.norm_topk,
             n_predict=max(0, file.arch_integer("nextn_predict_layers", 0)), tied=tied(file), n_gqa=n_gqa(file),
+            pruned=file.value(f"{KEY}version", None) is not None,
         )  # fmt: skip
 
     def down(self, layer: int, expert: int, ggml: Path) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,6 +17,7 @@ import torch
 
 from .checkpoint import EXPERT_PARAMETERS, Checkpoint
 from .errors import GgufToolError
+from .routes import ROUTE, neurons_bytes
 from .stats import EXPERT_SUMS, NEURON_SUMS, SOLVED, WEIGHT_NORMS
 
 # Python, torch and transformers, a tokenizer and its texts, what matrix products keep for the next one, and memory that is free
@@ -47,7 +49,8 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise GgufToolError(f"{text!r} is no size in bytes: it is less than one byte")
     if not unit and size < 1 << 20:
-        raise GgufToolError(f"{text!r} has no unit, and is too little as bytes; did you mean {text.strip()}GiB?")
+        hint = f"did you mean {text.strip()}GiB?" if size < 1000 else "give one, as 500MB or 12GiB"
+        raise GgufToolError(f"{text!r} has no unit, and is too little as bytes; {hint}")
     return size
 
 
@@ -62,7 +65,11 @@ class Needs:
         moment: C of one expert, K x K. n_expert: how many experts have one.
         solve: what solving one expert takes beside that.
         window: the activations of one window while it runs through a layer.
-        hidden: the hidden states of all windows.
+        hidden: the hidden states of all windows. streams: of how many runs of the model; those of two lie in files only.
+        columns: new weights of one layer, which are kept until the layer is saved.
+        routes: which experts all tokens chose. again: what computing the neurons of an expert takes. Both are there only
+            where C is not added up while a layer runs, but computed behind it.
+        sizes: how many C may be in memory at a time, most first; empty for all of them and any smaller number.
     """
 
     layer: int
@@ -74,6 +81,25 @@ class Needs:
     solve: int
     window: int
     hidden: int
+    streams: int = 1
+    columns: int = 0
+    routes: int = 0
+    again: int = 0
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """How many C to try to have in memory at a time, most first."""
+        if self.sizes:
+            return self.sizes
+        least = min(1, self.n_expert)
+        parts = (max(least, self.n_expert // n) for n in (2, 4, 8, 16))
+        return tuple(sorted({self.n_expert, *parts, least}, reverse=True))
+
+    @property
+    def least(self) -> int:
+        """The least that it can be run in."""
+        return min(self.peak(1, group, 1, False) for group in self.groups)
 
     def peak(self, batch: int, group: int, threads: int, resident: bool) -> int:
         """The most that is in memory at any time.
@@ -82,10 +108,11 @@ class Needs:
         `resident`: whether the hidden states lie in memory too.
         """
         base = PROCESS + (self.hidden if resident else 0)
-        moments = group * self.moment
-        running = self.layer + self.statistics + moments + batch * self.window
-        solving = self.layer + self.statistics + moments + (threads * self.solve if group else 0)
-        return base + max(self.embedding + batch * self.window, running, solving, self.all_statistics)
+        behind = 0 < group < self.n_expert
+        held = self.layer + self.statistics + group * self.moment + (self.routes if behind else 0)
+        solving = max(threads * self.solve if group else 0, self.again if behind else 0)
+        window = batch * self.window
+        return base + max(self.embedding + window, held + window, held + self.columns + solving, self.all_statistics)
 
 
 @dataclass(frozen=True)
@@ -111,8 +138,10 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        hidden = "in memory" if self.resident else "in a mapped file"
-        moments = f", moments of {self.group} experts at a time" if self.group else ""
+        files = "in a mapped file" if self.needs.streams == 1 else "of both streams in mapped files"
+        hidden = "in memory" if self.resident else files
+        experts = f"{self.group} expert{'s' if self.group > 1 else ''}"
+        moments = f", moments of {experts} at a time" if self.group else ""
         return (
             f"{kind}, {self.batch} windows at a time, hidden states ({gib(self.needs.hidden)}) {hidden}{moments}: "
             f"{gib(self.peak)} by estimate"
@@ -121,48 +150,70 @@ class MemoryPlan:
 
 def plan_memory(
     checkpoint: Checkpoint, windows: int, n_ctx: int, dtype: torch.dtype | None, limit: int | None, *,
-    moments: int | None = None, n_domains: int = 1, threads: int = 0, device: str = "cpu",
-    what: str = "calibrate", batch: int = DEFAULT_BATCH,
+    moments: int | None = None, n_domains: int = 1, threads: int = 0, device: str = "cpu", batch: int = DEFAULT_BATCH,
 ) -> MemoryPlan:  # fmt: skip
-    """How to run a pass over `windows` windows below `limit` bytes (None: no limit).
+    """How to calibrate on `windows` windows below `limit` bytes (None: no limit).
 
     Args:
         dtype: of the computation; None picks float32 on the CPU, or bfloat16 where the limit allows no more, and the
             checkpoint's own type elsewhere.
         moments: experts of a layer whose second moments are taken; None for all, 0 for none.
-        threads: of torch, for the solves. device: where the computation runs. what: the pass, for what is said of it.
+        threads: of torch, for the solves. device: where the computation runs.
         batch: windows that run through a layer at once, where no limit decides that.
 
     Raises:
         GgufToolError: the limit does not hold a layer, its statistics and one window; with the numbers.
+    """
+
+    def needs(kind: torch.dtype) -> Needs:
+        return needs_of(checkpoint, windows, n_ctx, kind, moments, n_domains)
+
+    return fitted(
+        checkpoint,
+        needs,
+        dtype,
+        limit,
+        threads=threads,
+        device=device,
+        batch=batch,
+        without="calibrating with --no-obs",
+    )
+
+
+def fitted(
+    checkpoint: Checkpoint, needs: Callable[[torch.dtype], Needs], dtype: torch.dtype | None, limit: int | None, *,
+    threads: int = 0, device: str = "cpu", batch: int = DEFAULT_BATCH, without: str = "",
+) -> MemoryPlan:  # fmt: skip
+    """How to run a pass that needs so much, by the type of its computation; all else as in `plan_memory`.
+
+    Args:
+        without: what to advise where it would fit without second moments; "" for a pass that is about these.
+
+    Raises:
+        GgufToolError: the limit does not hold what the pass takes at least; with the numbers.
     """
     if dtype is None and device != "cpu":
         dtype = torch.float16 if all(t.dtype == "F16" for t in checkpoint.tensors.values()) else torch.bfloat16
     choices = (dtype,) if dtype is not None else (torch.float32, torch.bfloat16)
     threads = threads or torch.get_num_threads()
     for kind in choices:
-        needs = needs_of(checkpoint, windows, n_ctx, kind, moments, n_domains)
-        found = _fit(needs, kind, limit, threads, batch)
+        found = _fit(needs(kind), kind, limit, threads, batch)
         if found is not None:
             return found
     assert limit is not None
-    raise GgufToolError(
-        _refusal(needs_of(checkpoint, windows, n_ctx, choices[0], moments, n_domains), choices, limit, what)
-    )
+    raise GgufToolError(_refusal(needs(choices[0]), choices, limit, without))
 
 
 def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int, batch: int) -> MemoryPlan | None:
     """The fastest way to stay below the limit, or None; without a limit, `batch` windows at a time."""
     if limit is None:
-        together = needs.n_expert * needs.moment <= MOMENTS_TOGETHER
-        peak = needs.peak(batch, needs.n_expert if together else 1, threads, False)
-        return MemoryPlan(dtype, batch, 0 if together else 1, 0, False, peak, needs)
-    least = min(1, needs.n_expert)
-    groups = sorted({needs.n_expert, *(max(least, needs.n_expert // n) for n in (2, 4, 8, 16)), least}, reverse=True)
+        group = needs.groups[0 if needs.groups[0] * needs.moment <= MOMENTS_TOGETHER else -1]
+        peak = needs.peak(batch, group, threads, False)
+        return MemoryPlan(dtype, batch, group if group < needs.n_expert else 0, 0, False, peak, needs)
 
     def first(batches: tuple[int, ...], resident: bool) -> MemoryPlan | None:
         # Moments of all experts together save computing the neurons twice; more than a few windows at once bring less.
-        for group in groups:
+        for group in needs.groups:
             for batch in batches:
                 for solvers in range(threads, 0, -1):
                     peak = needs.peak(batch, group, solvers, resident)
@@ -175,7 +226,9 @@ def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int, batc
     if small is None:
         return None
     found = small
-    for better in (replace(small, resident=True), *(replace(small, batch=b) for b in BATCHES if b > small.batch)):
+    # A sequential refit leaves those of both its streams in files, which the system caches where there is room.
+    held = (replace(small, resident=True),) if needs.streams == 1 else ()
+    for better in (*held, *(replace(small, batch=b) for b in BATCHES if b > small.batch)):
         tried = replace(better, resident=better.resident or found.resident)
         peak = needs.peak(tried.batch, tried.group or needs.n_expert, tried.threads, tried.resident)
         if peak <= limit and tried.batch >= found.batch:
@@ -186,13 +239,13 @@ def _fit(needs: Needs, dtype: torch.dtype, limit: int | None, threads: int, batc
 def needs_of(
     checkpoint: Checkpoint, windows: int, n_ctx: int, dtype: torch.dtype, moments: int | None, n_domains: int
 ) -> Needs:
-    """What a pass takes in memory, from the checkpoint's headers."""
+    """What a calibration takes in memory, from the checkpoint's headers; arguments as in `plan_memory`."""
     n_expert, width, n_embd, size = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd, dtype.itemsize
     weights, widest = _weights_of(checkpoint)
     neurons = len(NEURON_SUMS) + len(WEIGHT_NORMS) + (len(SOLVED) if moments != 0 else 0)
     statistics = 8 * n_expert * (len(EXPERT_SUMS) * n_domains + neurons * width + n_embd) + 8 * 8 * widest
     count = n_expert if moments is None else moments
-    work = max(4, size)
+    work, tokens = max(4, size), windows * n_ctx
     # Of a token: residual stream, queries, keys, values and their rotated copies; squares for the sums; the experts' share.
     share = min(1.0, 4 * checkpoint.n_expert_used / n_expert)
     token = size * (8 * n_embd + 4 * widest) + work * (2 * widest + 2 * n_embd + n_expert)
@@ -206,7 +259,9 @@ def needs_of(
         n_expert=count,
         solve=8 * (SOLVE * width * width + width * n_embd),
         window=n_ctx * token,
-        hidden=windows * n_ctx * n_embd * size,
+        hidden=tokens * n_embd * size,
+        routes=ROUTE * checkpoint.n_expert_used * tokens if count else 0,
+        again=neurons_bytes(tokens, n_embd, width, dtype) if count else 0,
     )
 
 
@@ -230,21 +285,24 @@ def _weights_of(checkpoint: Checkpoint) -> tuple[int, int]:
     return max(weights), widest
 
 
-def _refusal(needs: Needs, choices: tuple[torch.dtype, ...], limit: int, what: str) -> str:
-    """What is missing, in numbers, and what to do about it, in words: commands, recipes and functions name the same things otherwise."""
+def _refusal(needs: Needs, choices: tuple[torch.dtype, ...], limit: int, without: str) -> str:
+    """What is missing, in numbers, and what to do about it, in words: each caller names the same things otherwise."""
     kind = " or ".join(str(choice).removeprefix("torch.") for choice in choices)
-    least = needs.peak(1, min(1, needs.n_expert), 1, False)
-    parts = [
-        f"the process {gib(PROCESS)}",
-        f"one layer's weights {gib(needs.layer)}",
-        f"its statistics {gib(needs.statistics)} (those of all layers together {gib(needs.all_statistics)})",
-        f"one window {gib(needs.window)}",
-    ]
+    least = needs.least
+    parts = [f"the process {gib(PROCESS)}", f"one layer's weights {gib(needs.layer)}"]
+    if needs.all_statistics:
+        parts.append(
+            f"its statistics {gib(needs.statistics)} (those of all layers together {gib(needs.all_statistics)})"
+        )
+    if needs.columns:
+        parts.append(f"its new weights {gib(needs.columns)}")
+    parts.append(f"one window {gib(needs.window)}")
     remedies = []
     if needs.n_expert:
-        parts.append(f"second moments {gib(needs.moment)} an expert and {gib(needs.solve)} to solve it")
-        if what == "calibrate" and needs.peak(1, 0, 1, False) <= limit:
-            remedies.append("calibrating with --no-obs")
+        work = max(needs.solve, needs.again)
+        parts.append(f"second moments {gib(needs.moment)} an expert and {gib(work)} to take and solve them")
+        if without and needs.peak(1, 0, 1, False) <= limit:
+            remedies.append(without)
     if choices == (torch.float32,):
         remedies.append("computing in bfloat16")
     if needs.window > needs.layer // 8:

@@ -55,8 +55,8 @@ def make_plan(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
     plan.check()
     layout.check_routers(plan, facts.tensors, facts.n_group)
     plan = _laid_out(replace(plan, notes=(*plan.notes, *_rounding(plan))), facts)
-    # A plan that keeps everything gives the stock file, which llama.cpp quantizes with its own fallbacks.
-    mix = replace(mix, twins=plan.kept_share < 1)
+    # A plan that keeps everything gives the file that was measured: unless that was cut before, llama.cpp's own fallbacks.
+    mix = replace(mix, twins=mix.twins or plan.kept_share < 1)
     encoded = encoding.assign(plan.tensors, recipe.target, mix) if recipe.target else ()
     _check_imatrix(recipe, encoded)
     return replace(plan, encoded=encoded)

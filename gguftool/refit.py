@@ -24,11 +24,12 @@ from .checkpoint import Checkpoint
 from .errors import GgufToolError
 from .forward import LayeredPass, LayerStream, Progress, Windows, identity
 from .loader import usable_device
-from .memory import MemoryPlan, plan_memory
+from .memory import MemoryPlan, Needs, fitted
 from .obs import RIDGE
 from .overrides import Key, Origin, Overrides
 from .plan import LayerPlan, Neurons, PrunePlan
 from .recorders import GramRecorder
+from .refit_needs import plain_needs, sequential_needs
 from .router_fix import RouterFix
 from .routes import RoutesFile
 from .stats import Domain
@@ -111,10 +112,17 @@ def refit_memory(
     checkpoint: Checkpoint, plan: PrunePlan, domains: Sequence[tuple[Domain, Windows]], dtype: torch.dtype | None,
     limit: int | None, *, device: str = "cpu", sequential: bool = False,
 ) -> MemoryPlan:  # fmt: skip
-    """How to run a refit below `limit` bytes; raises as `plan_memory` does. The sequential one takes an expert at a time."""
-    moments = 1 if sequential else most_narrowed(plan)
+    """How to run a refit below `limit` bytes; `dtype`, `limit` and what is raised as `memory.plan_memory` has them."""
     count, n_ctx = sum(len(windows) for _, windows in domains), domains[0][1].shape[1]
-    return plan_memory(checkpoint, count, n_ctx, dtype, limit, moments=moments, threads=1, device=device, what="refit")
+    renewed = _renewed(checkpoint, plan, sequential)
+    narrowed = [[width for width in layer.widths if 0 < width < plan.n_ff_exp] for layer in plan.layers]
+
+    def needs(kind: torch.dtype) -> Needs:
+        if sequential:
+            return sequential_needs(checkpoint, renewed, count, n_ctx, kind)
+        return plain_needs(checkpoint, narrowed, renewed, count, n_ctx, kind)
+
+    return fitted(checkpoint, needs, dtype, limit, threads=1, device=device)
 
 
 def most_narrowed(plan: PrunePlan) -> int:
@@ -138,13 +146,15 @@ def can_refit(model: Routing, plan: PrunePlan) -> bool:
 
 def refitted_widths(model: Routing, plan: PrunePlan, *, sequential: bool = False) -> list[int]:
     """The widths of all experts that get new down columns, those that no token reaches among them."""
+    return [width for layer in _renewed(model, plan, sequential) for width in layer]
+
+
+def _renewed(model: Routing, plan: PrunePlan, sequential: bool) -> list[list[int]]:
+    """`refitted_widths` by layer."""
     grown = {layer.index for layer in grown_layers(model, plan)}
-    whole = plan.n_ff_exp
     return [
-        width
+        [w for w in layer.widths if w and (w < plan.n_ff_exp or sequential or layer.index in grown)]
         for layer in plan.layers
-        for width in layer.widths
-        if width and (width < whole or sequential or layer.index in grown)
     ]
 
 
@@ -168,7 +178,8 @@ def whole_experts(plan: PrunePlan, layer: LayerPlan) -> set[int]:
 def solve(down: Tensor, gram: Tensor, neurons: Neurons, tokens: int) -> Tensor:
     """The refitted columns: down [d, K], C [K, K], kept neurons [w], tokens seen -> [d, w].
 
-    Where no token was seen, or the kept neurons were silent, the columns stay what they were.
+    Where no token was seen, or the kept neurons were silent, the columns stay what they were. What it takes in memory is
+    counted by `refit_needs.solve_bytes`.
     """
     width = gram.shape[0]
     kept = torch.from_numpy(neurons).to(gram.device)
@@ -183,4 +194,6 @@ def solve(down: Tensor, gram: Tensor, neurons: Neurons, tokens: int) -> Tensor:
     inner.diagonal().add_(ridge.double())
     cross = weights[:, dropped].double() @ gram[dropped][:, kept].double()
     correction = torch.linalg.solve(inner, cross.T).T
-    return weights[:, kept] + (correction * min(1.0, tokens / (2 * width))).to(gram.dtype)
+    del inner, cross
+    correction *= min(1.0, tokens / (2 * width))
+    return weights[:, kept].add_(correction.to(gram.dtype))

@@ -17,6 +17,8 @@ from .recorders import neurons_of
 
 # Tokens whose neurons are computed at once.
 CHUNK = 4096
+# Bytes of an expert that a token chose: its number and its weight, and both once more when they are put together.
+ROUTE = 2 * (2 + 4)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,13 @@ class RoutesFile:
     def close(self) -> None:
         """Removes the file."""
         self.path.unlink(missing_ok=True)
+
+
+def neurons_bytes(tokens: int, n_embd: int, width: int, dtype: torch.dtype) -> int:
+    """What `RoutesFile.moments` takes beside C: of a chunk and the one before it what goes in and comes out, and what the
+    neurons are made of."""
+    size, work = dtype.itemsize, max(4, dtype.itemsize)
+    return min(tokens, CHUNK) * (size * (2 * n_embd + 4 * width) + work * 2 * width)
 
 
 @contextmanager

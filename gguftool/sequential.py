@@ -64,7 +64,7 @@ def refit_sequentially(
     On disk meanwhile: the hidden states of both streams, the inputs of a layer's experts and R, five times tokens x d. An
     expert reads its tokens there in their order, but not all of them, so it is quickest where they fit into the free memory.
     In memory a layer and the second moments of one expert at a time; the fitted columns lie in a mapped file until the layer
-    is saved. `how` takes the place of `dtype`; `stream` as in `calibrate`.
+    is saved. `how` takes the place of `dtype`, and says how many windows run at once; `stream` as in `calibrate`.
 
     Raises:
         GgufToolError: the plan is for another checkpoint, drops experts from the router, or there is nothing to refit.

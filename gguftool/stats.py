@@ -93,6 +93,7 @@ class ModelFacts:
     `n_predict` of `block_count` layers predict further tokens (MTP): no plan prunes them. `tied` says how the names of
     tensors end that llama.cpp sizes by the experts' width (see `layout.bystanders`). `n_gqa` are the query heads per
     key-value head of layer 0, as the GGUF's metadata counts them (0: none). Both are None in stats of an older gguftool.
+    `pruned` says that the model is a file which gguftool pruned before, so that stacks of experts are quantized as in one.
     """
 
     name: str
@@ -113,6 +114,7 @@ class ModelFacts:
     n_predict: int = 0
     tied: tuple[str, ...] | None = None
     n_gqa: int | None = None
+    pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,8 @@ def _model_facts(raw: dict[str, Any]) -> ModelFacts:
         raise ValueError(f"n_expert: {raw['n_expert_used']} of {n_expert} are used, {chosen} of {groups} groups")
     if not isinstance(raw.get("norm_topk"), bool | None):
         raise ValueError(f"norm_topk: {raw['norm_topk']}")
+    if not isinstance(raw.get("pruned", False), bool):
+        raise ValueError(f"pruned: {raw['pruned']}")
     if raw.get("n_gqa") is not None:
         whole(raw["n_gqa"], "n_gqa", 0, 2**31 - 1)
     tied = raw.get("tied")

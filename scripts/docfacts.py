@@ -64,9 +64,10 @@ def _method(name: str) -> list[str]:
     if criterion:
         rows += [("formula", f"`{criterion.formula}`")]
     source = criterion.source if criterion else method.source
+    stock = "stock, where the family allows: runs on any llama.cpp"
     rows += [
         ("source", linked(source)),
-        ("layout", "stock: runs on any llama.cpp" if method.stock else "tiered: runs on the patched llama.cpp"),
+        ("layout", stock if method.stock else "tiered: runs on the patched llama.cpp"),
         ("refit", f"{method.refitted}, by default" if method.refitted else "none by default"),
         ("options of its own", ", ".join(f"`{option}`" for option in takes(method)) or "none"),
     ]
@@ -140,6 +141,19 @@ def _rules(_: str) -> list[str]:
     return lines + [f"| `{name}` | {'; '.join(places)} |" for name, places in used.items()]
 
 
+def _layouts(_: str) -> list[str]:
+    """Where a uniform plan has no stock file: what else `layout.bystanders` finds, by the columns that say it."""
+    families = architectures.ARCHITECTURES
+    kept = [row.model_type for row in families if row.predictors == "kept"]
+    shared = [row.model_type for row in families if row.shared_tied]
+    rows = [
+        ("experts of layers that predict further tokens (MTP), which stay whole", "every method", kept),
+        ("shared experts, which llama.cpp makes as wide as the others", "`enp`", shared),
+    ]
+    lines = ["| what would change too | by | families |", "|---|---|---|"]
+    return lines + [f"| {what} | {by} | {', '.join(f'`{name}`' for name in names)} |" for what, by, names in rows]
+
+
 def cell(text: str) -> str:
     """Text for a cell of a Markdown table."""
     return text.replace("|", "\\|")
@@ -152,6 +166,7 @@ def linked(source: str) -> str:
 
 KINDS: dict[str, Callable[[str], Sequence[str]]] = {
     "method": _method, "figures": _figures, "methods": _methods, "criteria": _criteria, "fields": _fields, "rules": _rules,
+    "layouts": _layouts,
 }  # fmt: skip
 
 

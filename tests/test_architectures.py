@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import cycle
 from pathlib import Path
@@ -17,6 +18,7 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import docfacts
 from archs import N_FF, TINY, tiny_checkpoint
 from gguftool import surgery
 from gguftool.architectures import ARCHITECTURES, for_model_type
@@ -211,6 +213,14 @@ def test_the_plan_says_what_the_file_will_be(name, written, tmp_path):
 SHARED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1")
 TIED = {(name, "enp") for name in SHARED}
 TIED |= {(name, how) for name in ("glm4_moe", "qwen3_next", "qwen3_5_moe") for how in ("enp", "gated-sum")}
+
+
+def test_the_page_names_the_families_that_need_tiers():
+    every, narrowed = (set(re.findall(r"`(\w+)`", row.split("|")[3])) for row in docfacts.KINDS["layouts"]("")[2:])
+    assert every == {name for name, how in TIED if how == "gated-sum"}
+    assert every | narrowed == {name for name, _ in TIED}
+    said = CliRunner().invoke(cli, ["methods"]).output
+    assert "stock: runs on any llama.cpp, where the family allows" in said
 
 
 def loaded(checkpoint: Checkpoint):

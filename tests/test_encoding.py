@@ -268,3 +268,4 @@ def test_facts_of_a_model() -> None:
     for n_gqa in (0, 8):
         known = MixFacts.of_model(replace(old, n_gqa=n_gqa), has_imatrix=True)
         assert known == MixFacts("qwen3moe", 4, 16, n_gqa, has_imatrix=True)
+    assert MixFacts.of_model(replace(old, pruned=True)).twins

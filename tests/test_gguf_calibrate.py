@@ -503,6 +503,25 @@ def test_a_stock_file_that_was_pruned_before_is_a_model_like_any_other(asked, ti
         )
 
 
+def test_the_types_of_a_file_that_was_pruned_before_are_planned_as_they_are_written(tiny, llama, runtime, tmp_path):
+    """Rows of 480 are not for Q4_K: gguftool's own type in what it has cut, llama.cpp's in any other file."""
+    narrow, tools = tmp_path / "narrow.gguf", QuantizeTool(runtime.tool("llama-quantize"))
+    first = calibrate_gguf(open_gguf(tiny["olmoe"]), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert prune(tiny["olmoe"], make_plan(first, Recipe("enp", 0.375)), narrow).layout == "stock"
+    stats = calibrate_gguf(open_gguf(narrow), domains(), tmp_path / "work", llama=llama, obs=False)
+    assert (stats.model.n_ff_exp, stats.model.pruned, first.model.pruned) == (480, True, False)
+    for ratio in (0.0, 0.34):
+        plan, pruned, out = (
+            make_plan(stats, Recipe("reap", ratio, target="Q4_K_M")), tmp_path / "pruned.gguf", tmp_path / "out.gguf"
+        )  # fmt: skip
+        prune(narrow, plan, pruned, force=True)
+        quantize(pruned, "Q4_K_M", out, imatrix=stats, tools=tools, force=True)
+        written = {spec.name: (spec.ne, spec.type) for spec in GgufFile(out).tensors}
+        assert {spec.name: (spec.ne, spec.type) for spec in plan.encoded} == written
+        assert written["blk.0.ffn_down_exps.weight"][1] in ("IQ4_NL", "Q8_0")
+        assert plan.encoded_bytes == sum(spec.padded_bytes for spec in GgufFile(out).tensors)
+
+
 def test_refusals_come_before_the_first_pass(asked, q4, tmp_path):
     for options, words in (
         ({"refit": "sequential"}, "take --refit plain"),

@@ -87,6 +87,8 @@ def test_the_facts_of_the_router(tmp_path):
     groups = model_facts(open_checkpoint(tiny_checkpoint(tmp_path / "groups", n_group=3, topk_group=2)))
     assert (groups.n_group, groups.n_group_used) == (3, 2)
     assert (plain.tied, plain.n_gqa) == ((), 2) and _model_facts(asdict(plain)) == plain
-    new = ("n_group", "n_group_used", "norm_topk", "n_predict", "tied", "n_gqa")
+    new = ("n_group", "n_group_used", "norm_topk", "n_predict", "tied", "n_gqa", "pruned")
     old = {name: value for name, value in asdict(plain).items() if name not in new}
     assert _model_facts(old) == replace(plain, norm_topk=None, tied=None, n_gqa=None)
+    with pytest.raises(ValueError, match="pruned: yes"):
+        _model_facts(asdict(plain) | {"pruned": "yes"})

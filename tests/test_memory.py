@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +23,15 @@ from gguftool.checkpoint import open_checkpoint
 from gguftool.cli import cli
 from gguftool.errors import GgufToolError
 from gguftool.loader import usable_device
-from gguftool.memory import PROCESS, SOLVE, Needs, needs_of, parse_bytes, parse_dtype, plan_memory
+from gguftool.memory import PROCESS, SOLVE, Needs, gib, needs_of, parse_bytes, parse_dtype, plan_memory
 from gguftool.refit import refit, refit_memory
+from gguftool.refit_needs import solve_bytes
+from gguftool.routes import neurons_bytes
 from gguftool.sequential import refit_sequentially
-from gguftool.stats import CalibrationStats
+from gguftool.stats import CalibrationStats, Domain
 from killed import domains, plan_for
 from models import sample_text, tiny_checkpoint
+from synthetic import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,8 @@ def test_what_is_no_size_says_why():
         "-3GiB": "no size",
         "0MiB": "less than one byte",
         "12": "did you mean 12GiB",
+        "2.5": "did you mean 2.5GiB",
+        "500000": "has no unit, and is too little as bytes; give one, as 500MB or 12GiB",
         "": "''",
     }
     for text, message in cases.items():
@@ -99,6 +109,9 @@ def test_the_peak_by_hand():
     assert needs.peak(1, 0, 3, False) == PROCESS + 1000 + 10 + 100
     assert replace(needs, embedding=5000).peak(1, 0, 1, False) == PROCESS + 5000 + 100
     assert replace(needs, all_statistics=9000).peak(1, 0, 1, False) == PROCESS + 9000
+    more = replace(needs, columns=2000, routes=3, again=90)
+    assert more.peak(2, 4, 3, False) == PROCESS + 1000 + 10 + 4 * 7 + 2000 + 3 * 50
+    assert more.peak(1, 1, 1, False) == PROCESS + 1000 + 10 + 7 + 3 + 2000 + 90
 
 
 def test_needs_are_those_of_the_headers(checkpoint):
@@ -233,6 +246,79 @@ def test_a_refit_in_groups_is_the_same(checkpoint, tmp_path, no_whole_model):
     assert len(refit_sequentially(checkpoint, plan, domains(), tmp_path / "c", how=how)) >= len(whole)
 
 
+QWEN = SimpleNamespace(n_embd=2048, n_ff_exp=768, n_expert=128, n_expert_used=8)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """How to refit a layer of Qwen3-30B-A3B on 256 windows of 512 tokens, below a limit or without one."""
+    tokens = 256 * 512
+
+    def needs(*args):
+        found = replace(
+            real(), n_expert=args[4], routes=12 * 8 * tokens, again=neurons_bytes(tokens, 2048, 768, args[3])
+        )
+        return found if args[4] else replace(found, moment=0)
+
+    monkeypatch.setattr("gguftool.refit_needs.needs_of", needs)
+    windows = [(Domain("text", "", tokens), np.zeros((256, 512), dtype=np.int64))]
+
+    def plan(widths, limit=None, *, norm_topk=True, router=None, sequential=False):
+        cut = make_plan([widths], 768, 8, n_expert=128, router=router)
+        model = SimpleNamespace(**(vars(QWEN) | {"norm_topk": norm_topk}))
+        size = limit if limit is None else parse_bytes(limit)
+        return refit_memory(model, cut, windows, torch.float32, size, sequential=sequential)
+
+    return plan
+
+
+def test_a_refit_needs_its_columns_and_its_own_equations(planned):
+    """By hand: 460 of 768 neurons of 128 experts stay. And where whole experts go, those whose weights grow."""
+    needs = planned([460] * 128).needs
+    columns, solve = 4 * 2048 * 460 * (128 + 1), 16 * 460 * 460 + 16 * 2048 * 460
+    assert (needs.columns, needs.solve, needs.statistics, needs.all_statistics) == (columns, solve, 0, 0)
+    held = PROCESS + needs.layer + columns
+    assert needs.peak(1, 128, 1, False) == held + 128 * needs.moment + solve
+    assert needs.peak(1, 1, 1, False) == held + needs.moment + needs.routes + max(solve, needs.again)
+    assert planned([768] * 96, router=[list(range(96))], norm_topk=False).needs.columns == 4 * 2048 * 768 * 97
+    assert planned([768] * 96 + [0] * 31 + [100]).needs.columns == 2 * 4 * 2048 * 100
+    # An expert of Mixtral at 40 %, of which calibrate's elimination takes 8.7 GB.
+    assert 1.7e9 < solve_bytes(4096, 14336, 8602, torch.float32) < 1.8e9
+
+
+def test_a_refit_says_what_it_does(planned):
+    """C of all experts or of one; the hidden states of a sequential one's two streams lie in files, whatever the limit."""
+    wide, narrow = planned([460] * 128, "12GiB"), planned([460] * 128, "3700MiB")
+    assert (wide.group, wide.resident, narrow.group, narrow.resident) == (0, True, 1, False)
+    assert "(1.00 GiB) in memory: " in str(wide)
+    assert "(1.00 GiB) in a mapped file, moments of 1 expert at a time: " in str(narrow)
+    found = [planned([460] * 128, f"{limit}MiB").group for limit in range(3650, 6000, 50)]
+    assert set(found) == {0, 1}
+    two = planned([460] * 128, "12GiB", sequential=True)
+    assert not two.resident and two.batch == 16 and two.needs.columns == 0
+    assert "hidden states (2.00 GiB) of both streams in mapped files, moments of 1 expert at a time: " in str(two)
+    with pytest.raises(
+        GgufToolError, match=r"its new weights 463\.. MiB, one window .* to take and solve them"
+    ) as refused:
+        planned([460] * 128, "2GiB")
+    assert f"a limit of {gib(narrow.needs.least, up=True).replace(' ', '')} or more" in str(refused.value)
+    assert "--no-obs" not in str(refused.value) and "statistics" not in str(refused.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory is a process' own")
+def test_a_refit_takes_no_more_than_planned(tmp_path):
+    """At sizes where each term is the most of it: see tests/peaks.py."""
+    command = [sys.executable, str(Path(__file__).with_name("peaks.py")), str(tmp_path)]
+    # Every array that counts is a mapping of its own, and goes when it is freed.
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=exact)
+    for case, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert found["peak"] <= found["planned"], case
+        # Beside what every process takes.
+        own, counted = found["peak"] - found["start"], found["planned"] - PROCESS
+        assert 0.85 * counted < own < counted + (48 << 20), case
+
+
 def test_the_command_says_what_it_picked_or_refuses(checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text(sample_text(200))
     out = tmp_path / "stats.safetensors"
@@ -279,7 +365,7 @@ def test_the_command_runs_as_it_says(checkpoint, tmp_path, batches):
     assert not np.array_equal(one, other) and one.sum() == pytest.approx(other.sum(), rel=0.1)
     assert batches == [4] * 4  # without a limit
     windows = found["float32"].tokens // 32
-    least = needs_of(checkpoint, windows, 32, torch.float32, None, 1).peak(1, 1, 1, False)
+    least = needs_of(checkpoint, windows, 32, torch.float32, None, 1).least
     for limit, batch in ((f"{least}B", 1), ("2GiB", 16)):
         batches.clear()
         options = ["--memory", limit, "-o", str(tmp_path / f"{batch}.safetensors")]
