@@ -22,6 +22,7 @@ from gguftool.extras import Extras
 from gguftool.journal import Journal
 from gguftool.recipe import Recipe
 from gguftool.recipe_file import load
+from gguftool.report_files import load as load_report
 from gguftool.runs import Ears, carry_out, job_of
 from gguftool.tensors import TensorSpec
 from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
@@ -152,6 +153,34 @@ def test_a_run_that_is_stopped_behind_its_record_is_not_done(place, tmp_path, mo
     assert len(gguftool.verify(copy, fast=True)) == 1
     (copy / "report.json").unlink()  # taken elsewhere without it, the files are still those that were recorded
     assert "as they were made" in typed("verify", copy, "--fast") and gguftool.verify(copy, fast=True) == []
+
+
+def test_a_file_that_another_command_makes_anew_is_damage_of_nobody(place, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    (copy / "fit.json").write_text("{}")
+    work = Workspace(copy, lambda _: None)
+    # What the record does not speak of is no concern of it, and what is there already is not made.
+    work.step("other", {"in": 1}, lambda path: path.write_text("x"))
+    assert "as they were made" in typed("verify", copy, "--fast")
+    record = Verified.load(copy)
+
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work.step("stats.safetensors", {"texts": "others"}, stopped)
+    assert not (copy / "verified.json").exists() and not (copy / "fit.json").exists()
+    why = "stats.safetensors was made anew in this folder by another command"
+    for way in (["--fast"], ["--scratch", tmp_path / "again"]):
+        assert f"has not come to its end: Failed: {why}" in typed("verify", copy, *way, code=1)
+    assert why in load_report(copy).status.message
+    assert why in (copy / "report.html").read_text() and why in (copy / "report.md").read_text()
+    # A report that says already how its run ended is left to say it.
+    record.save(copy)
+    before = (copy / "report.json").read_bytes()
+    work.step("base.gguf", {"model": "another"}, lambda path: path.write_bytes(b"x"))
+    assert (copy / "report.json").read_bytes() == before and not (copy / "verified.json").exists()
 
 
 def test_a_folder_without_a_run_is_none(tmp_path, place):
