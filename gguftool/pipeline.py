@@ -43,6 +43,8 @@ from .writer import prune
 # Windows of each calibration text, and of a text on every other backend, that a finished model is checked on: enough to see
 # a broken file or a wrong kernel, a small part of what calibration took.
 CHECKED_WINDOWS = 4
+# Characters that a token of a text spells at most, taken over some thousand of them: how far an endless dataset is read.
+SPELLED = 64
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,8 @@ def far_from_plan(job: Job, made: Produced) -> list[str]:
     for source, (_, windows) in zip(map(as_source, job.calibration), made.source.domains, strict=True):
         if len(windows) < 2:
             continue  # read as one text, and not document by document, a single window may come out too short
-        text, special = read_scored(source, lambda: template_of_gguf(base))
+        enough = CHECKED_WINDOWS * job.n_ctx * SPELLED
+        text, special = read_scored(source, lambda: template_of_gguf(base), enough)
         texts[f"{source.name} (calibration)"] = [
             one.as_dict() for one in _compared(job, base, models, text, special, CHECKED_WINDOWS)
         ]
