@@ -61,7 +61,11 @@ if TYPE_CHECKING:
 )
 @windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
-@click.option("--calibration-memory", metavar="SIZE", help="Stay below so much while calibrating and refitting.")
+@click.option(
+    "--calibration-memory",
+    metavar="SIZE",
+    help="Stay below so much while calibrating and refitting; of a GGUF with its second moments only.",
+)
 @pre_tokenizer_option
 @device_option
 @backend_option

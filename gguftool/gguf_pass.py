@@ -29,6 +29,7 @@ from .errors import GgufToolError
 from .gguf_file import Progress
 from .gguf_model import GgufModel
 from .llama_observer import LlamaRun, Routed, Sink
+from .memory import gib
 from .perplexity import open_session
 from .stats import Domain
 from .windows import Windows, batches, check_domains
@@ -260,6 +261,11 @@ def groups(layers: Sequence[int], each: int, memory: int | None) -> list[tuple[i
     fit = max(1, (MEMORY if memory is None else memory) // max(1, each))
     count = max(1, -(-len(layers) // fit))
     return [tuple(part.tolist()) for part in np.array_split(np.array(layers, dtype=np.int64), count)]
+
+
+def bounded(memory: int | None) -> str:
+    """What a limit of memory is one of here, for a person: llama.cpp loads the whole model, however much that takes."""
+    return "" if memory is None else f"; second moments stay below {gib(memory)}, the model itself comes on top"
 
 
 def check_memory(each: int, memory: int | None) -> None:

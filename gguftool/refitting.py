@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import GgufToolError
 from .forward import LayerStream, Progress, check_windows
 from .gguf_model import GgufModel, is_gguf
+from .gguf_pass import bounded
 from .gguf_refit import NO_SEQUENTIAL, moments_bytes, refit_gguf, refittable
 from .loader import usable_device
 from .memory import MemoryPlan
@@ -82,7 +83,11 @@ class GgufRefit:
     llama: Any
     limit: int | None
     notes: tuple[str, ...] = ()
-    how: ClassVar[str] = "plain, by llama.cpp on the CPU"
+
+    @property
+    def how(self) -> str:
+        """How it is run, for a person."""
+        return f"plain, by llama.cpp on the CPU{bounded(self.limit)}"
 
     @property
     def widths(self) -> list[int]:

@@ -119,6 +119,8 @@ def test_calibrate(ask, checkpoint_dir, base_gguf, files, tmp_path, llama):
         # The sums over other matrices, 10 % of this small model's file, are not counted.
         size = (files / "stats.safetensors").stat().st_size
         assert 0.85 * size < said["bytes"] < size
+    limited = ask("calibrate", base_gguf, "--data", text, "--memory", "1GiB", "-o", tmp_path / "s")["how"]
+    assert limited.endswith("types; second moments stay below 1.00 GiB, the model itself comes on top")
     assert "by estimate" in ask("calibrate", checkpoint_dir, "--data", text, "-o", tmp_path / "s")["how"]
     with pytest.raises(GgufToolError, match="at least"):
         ask("calibrate", checkpoint_dir, "--data", text, "--memory", "1MiB", "-o", tmp_path / "s.safetensors")
@@ -132,6 +134,8 @@ def test_refit(ask, checkpoint_dir, base_gguf, files, tmp_path):
     assert said["how"].startswith("plain: float32") and not list(tmp_path.iterdir())
     own = ask("refit", base_gguf, "--plan", files / "gguf.json", *arguments[4:], tmp_path / "w.safetensors")
     assert own["how"] == "plain, by llama.cpp on the CPU" and own["experts"] > 0
+    limited = ask("refit", base_gguf, "--plan", files / "gguf.json", *arguments[4:], tmp_path / "w", "--memory", "1GiB")
+    assert limited["how"] == f"{own['how']}; second moments stay below 1.00 GiB, the model itself comes on top"
     cli.main([*map(str, arguments), str(tmp_path / "w.safetensors"), "--quiet"], standalone_mode=False)
     assert len(Overrides.load(tmp_path / "w.safetensors")) == said["experts"]
     assert said["bytes"] < (tmp_path / "w.safetensors").stat().st_size < said["bytes"] + 100_000
