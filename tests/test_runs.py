@@ -238,6 +238,11 @@ def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, pla
         (["model", "--data", "x", "--eval", "x"], 2, "give --ratio or --keep"),
         (["model", "--recipe", "code", "--depth", "1"], 2, "FIRST:LAST"),
         (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
+        (
+            ["model", "--recipe", "code", "--quant", "Q8_0", "--quant", "Q4_K"],
+            2,
+            "--quant takes one type here, not Q8_0 and Q4_K",
+        ),
         (["model", "--recipe", "code", "--fit-ctx", "64"], 1, "--fit-ctx) is the context of a budget"),
         (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi"], 1, "leave one of the two out"),
         (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi", "--dry-run"], 1, "leave one of the two out"),
