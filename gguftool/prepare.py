@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from . import calibration, encoding
+from . import encoding
+from .calibration import Calibration, GgufCalibration, of_checkpoint, of_gguf, refuse_options
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, load_domains
@@ -23,7 +24,6 @@ from .forward import Windows
 from .gguf_file import Progress
 from .gguf_model import GgufModel, is_gguf, open_gguf
 from .gguf_tokenizer import GgufTokenizer
-from .inventory import model_facts
 from .loader import usable_device
 from .memory import parse_bytes, parse_dtype
 from .methods import method
@@ -126,35 +126,88 @@ class Prepared:
         return not self.has_encoding(target) and kind not in encoding.FLOATS and bool(self.quantized_types - {kind})
 
 
-def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
-    """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step."""
-    if is_gguf(job.model):
-        return _prepare_gguf(job, work, recipes)
+def opened(job: Job, recipes: Sequence[Recipe]) -> Calibration:
+    """Opens the model and reads the texts. Everything that can be refused is refused here, and nothing is written."""
+    check_methods(job, [recipe.method for recipe in recipes])
+    found = _opened_gguf(job) if is_gguf(job.model) else _opened_checkpoint(job)
+    stats = blank(found)
+    for recipe in recipes:
+        make_plan(stats, recipe)
+    return found
+
+
+def blank(calibration: Calibration) -> CalibrationStats:
+    """Stats of nothing in place of those that it will give; made anew each time, they are as large."""
+    return CalibrationStats.blank(calibration.facts, len(calibration.domains), obs=calibration.obs)
+
+
+def check_methods(job: Job, methods: Sequence[str]) -> None:
+    """Raises GgufToolError for a method that is none, or is not for the model or the device, and for such a device."""
+    solves = any(method(name).refitted for name in methods)
+    if not is_gguf(job.model):
+        usable_device(job.device, solves=solves)
+        return
+    refuse_options(job.device, job.dtype)
+    if "dern" in methods:
+        raise GgufToolError(f"dern needs the checkpoint, and {job.model} is a GGUF; take another method")
+
+
+def _opened_checkpoint(job: Job) -> Calibration:
     checkpoint = open_checkpoint(job.model)
-    tokenizer = checkpoint.tokenizer()
+    domains = _read(job, checkpoint.tokenizer())
+    return of_checkpoint(checkpoint, domains, device=job.device, dtype=parse_dtype(job.dtype), limit=job.limit)
+
+
+def _opened_gguf(job: Job) -> Calibration:
+    model = open_gguf(job.model)
+    domains = _read(job, GgufTokenizer(job.llama, job.model))
+    return of_gguf(model, domains, llama=job.llama, limit=job.limit)
+
+
+def _read(job: Job, tokenizer: Tokenizer) -> Sequence[tuple[Domain, Windows]]:
+    """The calibration texts as windows; those of evaluation are looked at."""
     domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
     _check_evaluation(job, tokenizer)
-    usable_device(job.device, solves=any(method(recipe.method).refitted for recipe in recipes))
-    checked = calibration.of_checkpoint(
-        checkpoint, domains, device=job.device, dtype=parse_dtype(job.dtype), limit=job.limit
-    )
-    if work.dry:
-        checked.rehearse()
+    return domains
+
+
+def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe], known: Calibration | None = None) -> Prepared:
+    """Checkpoint, base GGUF and stats; `known` is what `opened` gave, where that was asked before.
+
+    Raises GgufToolError as `opened` does, before the first dear step. A GGUF is its own base.
+    """
+    calibration = known or opened(job, recipes)
     if job.limit is not None:
-        work.say(checked.how)
-    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
-    for recipe in recipes:
-        make_plan(blank, recipe)
-    inputs = _model_key(checkpoint)
-    base = base_gguf(job, work, checkpoint)
+        work.say(calibration.how)
+    key: dict[str, Any]
+    if isinstance(calibration, GgufCalibration):
+        base, key = job.model, {"model": calibration.model.fingerprint, "runtime": job.runtime.path.name}
+    else:
+        base = base_gguf(job, work, calibration.checkpoint)
+        key = _model_key(calibration.checkpoint) | {"dtype": str(calibration.memory.dtype)}
 
     def measure(path: Path) -> None:
-        checked.run(work.folder / SCRATCH, path, job.progress)
+        calibration.run(work.folder / SCRATCH, path, job.progress)
 
-    key = inputs | _texts_key(job, domains) | {"dtype": str(checked.memory.dtype)}
-    path = work.step(_stats_name(job), key, measure)
-    stats = work.read(path, CalibrationStats.load) or blank
-    return Prepared(checkpoint, base, stats, domains)
+    path = work.step(_stats_name(job), key | _texts_key(job, calibration.domains), measure)
+    stats = work.read(path, CalibrationStats.load) or blank(calibration)
+    if not isinstance(calibration, GgufCalibration):
+        return Prepared(calibration.checkpoint, base, stats, calibration.domains)
+    model = calibration.model
+    work.state["base.gguf"] = model.fingerprint
+    return Prepared(replace(model, norm_topk=stats.model.norm_topk), base, stats, calibration.domains)
+
+
+def rehearse(job: Job, work: Workspace, calibration: Calibration) -> None:
+    """After a dry `prepare`: what a run finds out first of a checkpoint, whether its weights fill the model and the converter
+    takes it. Nothing is written.
+    """
+    out = work.folder / "base.gguf"
+    if isinstance(calibration, GgufCalibration):
+        return
+    calibration.rehearse()
+    if out.name in work.missing:
+        convert(calibration.checkpoint.path, out, job.runtime, pre_tokenizer=job.pre_tokenizer, dry_run=True)
 
 
 def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
@@ -164,43 +217,16 @@ def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def base_gguf(job: Job, work: Workspace, checkpoint: Checkpoint) -> Path:
-    """The checkpoint as llama.cpp's converter writes it. In a dry workspace the converter only says whether it would."""
-    path = work.step(
+    """The checkpoint as llama.cpp's converter writes it."""
+    return work.step(
         "base.gguf",
         _model_key(checkpoint) | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
         lambda path: convert_soundly(job, checkpoint, path),
     )
-    if path.name in work.missing:
-        convert(checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, dry_run=True)
-    return path
 
 
 def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
-
-
-def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe]) -> Prepared:
-    """The same from a GGUF, which is its own base."""
-    calibration.refuse_options(job.device, job.dtype)
-    model, tokenizer = open_gguf(job.model), GgufTokenizer(job.llama, job.model)
-    for recipe in recipes:
-        if recipe.method == "dern":
-            raise GgufToolError(f"dern needs the checkpoint, and {job.model} is a GGUF; take another method")
-    domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
-    _check_evaluation(job, tokenizer)
-    checked = calibration.of_gguf(model, domains, llama=job.llama, limit=job.limit)
-    blank = CalibrationStats.blank(model.facts(), len(domains), obs=checked.obs)
-    for recipe in recipes:
-        make_plan(blank, recipe)
-    key = {"model": model.fingerprint, "runtime": job.runtime.path.name}
-
-    def measure(path: Path) -> None:
-        checked.run(work.folder / SCRATCH, path, job.progress)
-
-    path = work.step(_stats_name(job), key | _texts_key(job, domains), measure)
-    stats = work.read(path, CalibrationStats.load) or blank
-    work.state["base.gguf"] = model.fingerprint
-    return Prepared(replace(model, norm_topk=stats.model.norm_topk), job.model, stats, domains)
 
 
 def _stats_name(job: Job) -> str:

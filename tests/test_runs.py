@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shutil
 import socket
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import gguftool
 from gguf_models import write_random
-from gguftool import builtin, pipeline, runs
+from gguftool import builtin, gguf_file, pipeline, runs
 from gguftool.crosscheck import CrossCheck
 from gguftool.divergence import Estimate, KlStatistics
 from gguftool.errors import GgufToolError
@@ -281,6 +284,48 @@ def test_a_file_in_the_originals_own_type_is_the_pruned_one(made, tmp_path):
     own, named = (pipeline.build(job, work, source, recipe) for recipe in recipes)
     assert named.path == own.path == tmp_path / "model-GLOBAL50-BF16.gguf" and own.path.is_file()
     assert (named.label, named.encoding) == ("global 50 % BF16", "BF16")
+
+
+def test_room_for_all_that_is_to_be_made_is_looked_for_first(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000_000))
+    said = typed("compress", "--recipe", place / "r.toml", "-o", tmp_path / "out", code=1)
+    # base 14.8 MB, stats 1, pruned 11.7, that as Q8_0 6.2 and the unpruned one as Q8_0 7.9
+    assert re.search(r"out: needs 0\.04 GB, the disk has 0\.03 GB free", said)
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".gguf", ".safetensors")]
+    # What is there needs no room, and what is replaced goes first.
+    job = job_of(load(place / "out" / "recipe.toml"), Ears())
+    made = pipeline.produce(job, place / "out", Recipe("global", 0.5), print, dry=True)
+    assert 5_000_000 < pipeline.room(made) < 15_000_000
+
+
+def test_room_by_hand(tmp_path, monkeypatch):
+    (tmp_path / "b.gguf").write_bytes(b"xx")
+    made = SimpleNamespace(files=["a.safetensors", "there.gguf", "b.gguf", "c.gguf"])
+    made.work = SimpleNamespace(missing=["a.safetensors", "b.gguf", "c.gguf"], folder=tmp_path)
+    for last, most in ((1, 20), (8, 21)):  # a twice while it is saved; a, b in place of 2 bytes, and c
+        sizes = {"a.safetensors": 10, "there.gguf": 100, "b.gguf": 5, "c.gguf": last}
+        monkeypatch.setattr(pipeline, "sizes", lambda _, sizes=sizes: sizes)
+        assert pipeline.room(made) == most
+
+
+def test_a_dataset_without_a_limit_is_read_as_far_as_it_is_needed(place, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    copy = shutil.copytree(place / "out", tmp_path / "out")
+    parts, taken = (place / "calib.txt").read_text().split("\n\n"), []
+
+    def load_dataset(name, config, *, split, streaming):
+        assert (name, config, split, streaming) == (str(tmp_path / "set"), None, "train", True)
+        taken.append(0)
+        for part in itertools.cycle(parts):
+            taken[-1] += len(part)
+            yield {"text": part}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    typed("compress", "--recipe", place / "r.toml", "--data", f"hf:{tmp_path / 'set'}", "-o", copy, "--no-extras")
+    assert load_report(copy).status.done
+    # Two windows are calibrated on; four are checked, and of so many tokens none is as long as that on average.
+    enough = pipeline.CHECKED_WINDOWS * 512 * pipeline.SPELLED
+    assert len(taken) == 2 and taken[0] < enough <= taken[1] < enough + max(map(len, parts)) + 1
 
 
 def assessed(made):
