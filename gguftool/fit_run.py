@@ -27,10 +27,10 @@ def produce_fitting(job: Job, out: Path, ask: Ask, say: Say, journal: Journal) -
 
     Raises GgufToolError as `fit.run` does.
     """
-    check(job, ask)
+    known = check(job, ask)
     work = Workspace(out, say, watch=journal.hearing(job.watch))
     journal.begin()  # the folder is this run's now
-    search = start(job, work, ask)
+    search = start(job, work, ask, known)
     source = search.solver.source
     journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     decided = decide(search, say)

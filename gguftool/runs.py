@@ -98,7 +98,7 @@ def job_of(recipe: RunRecipe, ears: Ears) -> Job:
         try:
             parse_bytes(recipe.memory)
         except GgufToolError as error:
-            raise GgufToolError(f"memory: {error}") from error
+            raise WrongValue("memory", f": {error}") from error
     found = runtime.require(recipe.backend)
     return Job(
         model=recipe.model, calibration=recipe.data, evaluation=recipe.eval, runtime=found, llama=runtime.load(found),
@@ -122,7 +122,7 @@ def ask_of(recipe: RunRecipe) -> Ask | None:
     targets = (recipe.quant,) if recipe.quant else TARGETS
     return Ask(
         budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "",
-        budget_option="--fit", ctx_option="--fit-ctx",
+        budget_option="--fit", ctx_option="--fit-ctx", named=recipe.quant is not None,
     )  # fmt: skip
 
 
