@@ -158,6 +158,17 @@ def test_a_run_that_is_stopped_behind_its_record_is_not_done(place, tmp_path, mo
     assert "as they were made" in typed("verify", copy, "--fast") and gguftool.verify(copy, fast=True) == []
 
 
+def test_a_folder_without_a_run_is_none(tmp_path, place):
+    assert "gguftool compress" in typed("verify", tmp_path, code=1)
+    (tmp_path / "verified.json").write_text("{}")
+    assert "not a record" in typed("verify", tmp_path, code=1)
+    (place / "out.verify").mkdir()
+    (place / "out.verify" / "mine.txt").write_text("dear")
+    assert "--scratch" in typed("verify", place / "out", code=1)
+    assert (place / "out.verify" / "mine.txt").read_text() == "dear"
+    shutil.rmtree(place / "out.verify")
+
+
 def test_a_file_that_another_command_makes_anew_is_damage_of_nobody(place, tmp_path):
     copy = tmp_path / "out"
     shutil.copytree(place / "out", copy)
@@ -184,17 +195,6 @@ def test_a_file_that_another_command_makes_anew_is_damage_of_nobody(place, tmp_p
     before = (copy / "report.json").read_bytes()
     work.step("base.gguf", {"model": "another"}, lambda path: path.write_bytes(b"x"))
     assert (copy / "report.json").read_bytes() == before and not (copy / "verified.json").exists()
-
-
-def test_a_folder_without_a_run_is_none(tmp_path, place):
-    assert "gguftool compress" in typed("verify", tmp_path, code=1)
-    (tmp_path / "verified.json").write_text("{}")
-    assert "not a record" in typed("verify", tmp_path, code=1)
-    (place / "out.verify").mkdir()
-    (place / "out.verify" / "mine.txt").write_text("dear")
-    assert "--scratch" in typed("verify", place / "out", code=1)
-    assert (place / "out.verify" / "mine.txt").read_text() == "dear"
-    shutil.rmtree(place / "out.verify")
 
 
 def test_the_folder_that_one_stands_in_can_be_verified(place, monkeypatch):
