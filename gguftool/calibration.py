@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,6 +22,7 @@ from .errors import GgufToolError
 from .forward import LayerStream, Progress, check_windows
 from .gguf_calibrate import calibrate_gguf, solves_obs
 from .gguf_model import GgufModel, is_gguf
+from .gguf_pass import bounded
 from .inventory import model_facts
 from .loader import usable_device
 from .memory import MemoryPlan, plan_memory
@@ -79,7 +80,11 @@ class GgufCalibration:
     llama: Any
     obs: bool
     limit: int | None
-    how: ClassVar[str] = "llama.cpp on the CPU, in the file's own types"
+
+    @property
+    def how(self) -> str:
+        """How it is run, for a person."""
+        return f"llama.cpp on the CPU, in the file's own types{bounded(self.limit)}"
 
     @property
     def facts(self) -> ModelFacts:

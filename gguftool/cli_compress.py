@@ -39,6 +39,13 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 _KEYS = {"n_ctx": "ctx", "budget": "fit"}
 
 
+def _one_type(_context: click.Context, _param: click.Parameter, given: tuple[str, ...]) -> str | None:
+    """The only one: click itself would take the last without a word."""
+    if len(given) > 1:
+        raise click.UsageError(f"--quant takes one type here, not {' and '.join(given)}; `fit` chooses among several")
+    return given[0] if given else None
+
+
 @click.command()
 @click.argument("model", type=FILE, required=False)
 @click.option(
@@ -49,7 +56,14 @@ _KEYS = {"n_ctx": "ctx", "budget": "fit"}
 )
 @data_option_or_recipe
 @click.option("--eval", "eval", type=FILE, multiple=True, metavar="FILE", help="Text to judge by; may be repeated.")
-@click.option("--quant", "quant", metavar="TYPE", help="Quantize to this type after pruning, such as Q4_K_M.")
+@click.option(
+    "--quant",
+    "quant",
+    metavar="TYPE",
+    multiple=True,
+    callback=_one_type,
+    help="Quantize to this type after pruning, such as Q4_K_M.",
+)
 @click.option(
     "--refit",
     default=None,

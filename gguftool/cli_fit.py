@@ -18,11 +18,15 @@ from .cli_options import (
     pre_tokenizer_option,
     windows_option,
 )
-from .recipe_file import FIT_CTX, RunRecipe
+from .errors import GgufToolError
+from .recipe_file import FIT_CTX, RunRecipe, WrongValue
 from .sources import Source
 
 if TYPE_CHECKING:
     from .terminal import Terminal
+
+# What the recipe's keys are called here, where that is not their own name.
+_OPTIONS = {"ctx": "--window", "fit_ctx": "--ctx", "memory": "--calibration-memory"}
 
 
 @click.command()
@@ -61,7 +65,11 @@ if TYPE_CHECKING:
 )
 @windows_option
 @click.option("--eval-windows", type=int, help="Use at most so many windows of each evaluation text.")
-@click.option("--calibration-memory", metavar="SIZE", help="Stay below so much while calibrating and refitting.")
+@click.option(
+    "--calibration-memory",
+    metavar="SIZE",
+    help="Stay below so much while calibrating and refitting; of a GGUF with its second moments only.",
+)
 @pre_tokenizer_option
 @device_option
 @backend_option
@@ -78,14 +86,18 @@ def fit(
     of which the least goes; what they cost is measured, and the best one is made and checked against the budget in a
     process that fills the context. Resumable.
     """
-    recipe = RunRecipe(
-        model=model, data=data, eval=evaluation, fit=budget, fit_ctx=ctx, method=method, refit=refit, ctx=n_ctx,
-        windows=windows, eval_windows=eval_windows, memory=calibration_memory, pre_tokenizer=pre_tokenizer, device=device,
-        backend=backend,
-    )  # fmt: skip
     own: dict[str, Any] = {"every": every, "budget_option": "--memory", "ctx_option": "--ctx"}
-    own |= {"targets": targets} if targets else {}
-    show_fit(make_terminal(as_json, quiet), recipe, out, dry_run, **own)
+    own |= {"targets": targets, "named": True} if targets else {}
+    try:
+        recipe = RunRecipe(
+            model=model, data=data, eval=evaluation, fit=budget, fit_ctx=ctx, method=method, refit=refit, ctx=n_ctx,
+            windows=windows, eval_windows=eval_windows, memory=calibration_memory, pre_tokenizer=pre_tokenizer,
+            device=device, backend=backend,
+        )  # fmt: skip
+        show_fit(make_terminal(as_json, quiet), recipe, out, dry_run, **own)
+    except WrongValue as error:
+        option = _OPTIONS.get(error.key, f"--{error.key.replace('_', '-')}")
+        raise GgufToolError(f"{option}{error.why}") from error
 
 
 def show_fit(terminal: Terminal, recipe: RunRecipe, out: Path, dry_run: bool, **own: Any) -> None:

@@ -91,7 +91,8 @@ memory_options = combined(
     ),
     click.option(
         "--memory", metavar="SIZE",
-        help="Stay below so much memory, as 12GiB or 800MiB; picks how many windows run at once and what lies on disk.",
+        help="Stay below so much memory, as 12GiB or 800MiB; picks how many windows run at once and what lies on disk. Of a GGUF "
+        "only the second moments stay below it, beside the model.",
     ),
 )  # fmt: skip
 windows_option = click.option(

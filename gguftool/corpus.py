@@ -7,7 +7,7 @@ every window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
@@ -159,25 +159,39 @@ def read_text(source: Source | Path) -> str:
     return read_scored(source, lambda: None)[0]
 
 
-def read_scored(source: Source | Path, template: Templates) -> tuple[str, bool]:
+def read_scored(source: Source | Path, template: Templates, enough: int | None = None) -> tuple[str, bool]:
     """A text to measure on as one string, and whether special tokens that it spells out are meant as such.
 
     They are where it consists of conversations. `template` gives the model's chat template; conversations are joined as
     it renders them, a BOS before the first is left to the tokenizer. Other documents are joined by blank lines.
 
+    A dataset of the hub without a limit is read until its documents have `enough` characters; without that it is refused.
+    Every other source is read to its end.
+
     Raises GgufToolError as `load_domain` does, and where conversations and other texts are mixed.
     """
     source = as_source(source)
-    if source.hub and source.limit is None:
+    endless = source.hub and source.limit is None
+    if endless and enough is None:
         raise GgufToolError(f"{source}: all of the dataset would be read; give it a limit ({source}:2000)")
     reading = Reading(source, template)
-    documents = list(reading)
+    documents = list(_until(reading, enough) if endless and enough is not None else reading)
     if not any(document.chat for document in documents):
         return "\n\n".join(document.text for document in documents), False
     if not all(document.chat for document in documents):
         raise GgufToolError(f"{source}: conversations and plain texts are mixed; measure on one or the other")
     bos = reading.template.special.get("bos_token", "") if reading.template is not None else ""
     return "".join(document.text for document in documents).removeprefix(bos), True
+
+
+def _until(documents: Iterable[Document], enough: int) -> Iterator[Document]:
+    """The documents up to the one that brings the `enough`-th character."""
+    read = 0
+    for document in documents:
+        yield document
+        read += len(document.text)
+        if read >= enough:
+            break
 
 
 def bos_token(tokenizer: Tokenizer) -> int | None:

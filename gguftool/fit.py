@@ -16,22 +16,20 @@ from pathlib import Path
 
 from . import encoding
 from .budget import JITTER, Memory
-from .checkpoint import open_checkpoint
+from .calibration import Calibration, GgufCalibration
 from .coverage import coverage
 from .errors import GgufToolError
 from .evaluate import physical_memory
 from .fit_choose import is_past, mean_kl, verdict
 from .fit_measure import Bench
 from .fit_report import CHOSEN, FITS, LEFT_OUT, MEASURED, TOO_LARGE, FitReport, Weighed
-from .fit_solve import MOST, SCRATCH, Choice, Solver, targets_for
+from .fit_solve import MOST, SCRATCH, Choice, Solver, check_recipe, targets_for
 from .gguf_file import GgufFile, check_space
-from .gguf_model import is_gguf, open_gguf
-from .inventory import model_facts
 from .layout import parse
 from .memory import gib
 from .outline import Base
 from .pipeline import check_refit
-from .prepare import Job, Prepared, base_gguf, check_names, prepare
+from .prepare import Job, Prepared, base_gguf, blank, check_methods, check_names, check_refits, opened, prepare
 from .recipe import Recipe
 from .stats import CalibrationStats
 from .workspace import Say, Workspace
@@ -50,7 +48,7 @@ class Ask:
     Attributes:
         budget: bytes of memory for weights, KV cache, compute buffers and the process itself.
         ctx: tokens of the context.
-        targets: types to choose from.
+        targets: types to choose from. named: whether somebody named them; else the original's own is one of them too.
         recipe: how to prune; its ratio and target are not looked at. refit: as `pipeline.build` takes it.
         every: measure every candidate that fits.
         budget_option, ctx_option: what whoever asks calls the first two, for remedies that can be typed.
@@ -64,6 +62,7 @@ class Ask:
     every: bool = False
     budget_option: str = "--memory"
     ctx_option: str = "--ctx"
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,24 @@ def run(job: Job, out: Path, ask: Ask, say: Say, *, dry_run: bool = False) -> Fi
     Raises:
         GgufToolError: nothing fits (with what the smallest file takes), or something that `prepare` refuses.
     """
-    check(job, ask)
+    known = check(job, ask)
     work = Workspace(out, say)
     if dry_run:
-        return _outlook(job, work, ask)
-    decided = decide(start(job, work, ask), say)
+        return _outlook(job, work, ask, known)
+    decided = decide(start(job, work, ask, known), say)
     report = replace(decided.report, path=decided.bench.keep(decided.choice).path)
     report.save(out)
     return report
 
 
-def start(job: Job, work: Workspace, ask: Ask) -> Search:
-    """Finds out whether anything fits, then converts and calibrates. Raises as `run` does."""
-    found = _fitting(job, work, ask)
+def start(job: Job, work: Workspace, ask: Ask, known: Calibration) -> Search:
+    """Converts, finds out whether anything fits, and calibrates; `known` is what `check` gave. Raises as `run` does."""
+    found = _fitting(job, work, ask, known)
     ask, solver = found.ask, found.solver
     # What pruning leaves in the base's types with its new weights, and the files that are measured side by side.
     size = solver.source.base.stat().st_size
     check_space(work.folder / SCRATCH, 2 * size + (UNPRUNED + 2) * min(size, ask.budget))
-    source = prepare(job, work, [replace(ask.recipe, ratio=0.5, target=ask.targets[0])], ask.refit)
+    source = prepare(job, work, [], known)
     notes = (*found.notes, *coverage(source.stats).notes())
     return Search(ask, _solver(job, work, source, ask, solver.beside), notes)
 
@@ -123,33 +122,35 @@ def decide(search: Search, say: Say) -> Decided:
     return Decided(chosen, bench, _report(ask, solver, rows, search.notes, bench.protocol(), memory))
 
 
-def _fitting(job: Job, work: Workspace, ask: Ask) -> Search:
+def _fitting(job: Job, work: Workspace, ask: Ask, known: Calibration) -> Search:
     """With stats of nothing: the types to try, and what the smallest file takes beside itself."""
-    blank = _blank(job, work, ask)
+    source = _uncalibrated(job, work, ask, known)
     work.watch("stage", {"name": "budget"})
-    targets, notes = targets_for(blank, ask.targets, Base.open(blank.base))
+    targets, notes = targets_for(source, ask.targets, Base.open(source.base), named=ask.named)
     ask = replace(ask, targets=tuple(targets))
-    solver = _solver(job, work, blank, ask, 0)
+    solver = _solver(job, work, source, ask, 0)
     solver.beside = _smallest(solver, ask).beside
     return Search(ask, solver, (*notes, *_context_notes(solver.base.file, ask.ctx)))
 
 
-def _outlook(job: Job, work: Workspace, ask: Ask) -> FitReport:
+def _outlook(job: Job, work: Workspace, ask: Ask, known: Calibration) -> FitReport:
     """The candidates by their bytes, with the stats that there are."""
-    found = _fitting(job, work, ask)
-    ask, blank, notes = found.ask, found.solver.source, found.notes
-    source = _known_stats(blank, work.folder)
+    found = _fitting(job, work, ask, known)
+    ask, none, notes = found.ask, found.solver.source, found.notes
+    source = _known_stats(none, work.folder)
     solver = _solver(job, work, source, ask, found.solver.beside)
-    if source is blank:
+    if source is none:
         notes = (*notes, "without stats every neuron counts alike; the bytes of what is really cut differ a little")
     _, rows = candidates(ask, solver)
     return _report(ask, solver, rows, notes)
 
 
-def check(job: Job, ask: Ask) -> None:
-    """Raises GgufToolError for what can be known to be impossible at once."""
+def check(job: Job, ask: Ask) -> Calibration:
+    """Opens the model and reads the texts. Raises GgufToolError for all that can be refused before anything is written."""
     if not job.evaluation:
         raise GgufToolError("fit chooses by what files cost on a text: --eval FILE")
+    if not ask.targets:
+        raise GgufToolError("there is no type to choose from; name one, or leave the choice to fit")
     check_names(job)
     if ask.ctx < 2:
         raise GgufToolError(f"{ask.ctx_option} {ask.ctx}: a context has at least 2 tokens")
@@ -160,20 +161,21 @@ def check(job: Job, ask: Ask) -> None:
     for target in ask.targets:
         encoding.parse_target(target)
     check_refit(job, ask.recipe, ask.refit)
+    check_methods(job, [ask.recipe.method])
+    known = opened(job, [])
+    plan = check_recipe(blank(known), replace(ask.recipe, target=ask.targets[0]))
+    check_refits(job, known, [plan], ask.refit)
+    return known
 
 
-def _blank(job: Job, work: Workspace, ask: Ask) -> Prepared:
+def _uncalibrated(job: Job, work: Workspace, ask: Ask, known: Calibration) -> Prepared:
     """The model, its base GGUF and stats of nothing. Refused is what no file of this model can hold."""
-    if is_gguf(job.model):
-        model = open_gguf(job.model)
-        stats = CalibrationStats.blank(model.facts(), max(1, len(job.calibration)))
-        work.state["base.gguf"] = model.fingerprint
-        _check_least(ask, stats)
-        return Prepared(model, job.model, stats, ())
-    checkpoint = open_checkpoint(job.model)
-    stats = CalibrationStats.blank(model_facts(checkpoint), max(1, len(job.calibration)))
+    stats = blank(known)
     _check_least(ask, stats)
-    return Prepared(checkpoint, base_gguf(job, work, checkpoint), stats, ())
+    if not isinstance(known, GgufCalibration):
+        return Prepared(known.checkpoint, base_gguf(job, work, known.checkpoint), stats, ())
+    work.state["base.gguf"] = known.model.fingerprint
+    return Prepared(known.model, job.model, stats, ())
 
 
 def _check_least(ask: Ask, stats: CalibrationStats) -> None:
@@ -215,13 +217,13 @@ def _solver(job: Job, work: Workspace, source: Prepared, ask: Ask, beside: int) 
     return Solver(job, work, source, ask.budget, ask.ctx, ask.recipe, ask.refit, beside)
 
 
-def _known_stats(blank: Prepared, out: Path) -> Prepared:
+def _known_stats(none: Prepared, out: Path) -> Prepared:
     """With the stats that an earlier run left in the folder, where they are of this model."""
     try:
         stats = CalibrationStats.load(out / "stats.safetensors")
     except GgufToolError:
-        return blank
-    return replace(blank, stats=stats) if stats.model.fingerprint == blank.stats.model.fingerprint else blank
+        return none
+    return replace(none, stats=stats) if stats.model.fingerprint == none.stats.model.fingerprint else none
 
 
 def _context_notes(file: GgufFile, ctx: int) -> list[str]:

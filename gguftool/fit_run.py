@@ -16,7 +16,7 @@ from .fit_report import MEASURED, Weighed
 from .fit_solve import Choice, Solver
 from .journal import Journal
 from .pipeline import Built, Produced, is_quantized, quantize_base, what_to_know
-from .prepare import Job, Prepared, prepare
+from .prepare import Job, Prepared, opened, prepare
 from .recipe_file import Found
 from .report_facts import calibrated_facts, expert_facts, model_facts
 from .workspace import Say, Workspace
@@ -27,10 +27,10 @@ def produce_fitting(job: Job, out: Path, ask: Ask, say: Say, journal: Journal) -
 
     Raises GgufToolError as `fit.run` does.
     """
-    check(job, ask)
+    known = check(job, ask)
     work = Workspace(out, say, watch=journal.hearing(job.watch))
     journal.begin()  # the folder is this run's now
-    search = start(job, work, ask)
+    search = start(job, work, ask, known)
     source = search.solver.source
     journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     decided = decide(search, say)
@@ -52,7 +52,7 @@ def produce_found(job: Job, out: Path, ask: Ask, found: Found, say: Say) -> Prod
     """The files that `produce_fitting` made, from what it found, in `out`; nothing is weighed."""
     work = Workspace(out, say)
     pruned = [] if found.ratio is None else [replace(ask.recipe, ratio=found.ratio, target=found.quant)]
-    source = prepare(job, work, pruned, ask.refit)
+    source = prepare(job, work, pruned, opened(job, pruned, ask.refit))
     solver = Solver(job, work, source, ask.budget, ask.ctx, ask.recipe, ask.refit)
     choice = solver.whole(found.quant) if found.ratio is None else solver.cut(found.quant, found.ratio)
     built = Bench(job, work, source, ask.refit).keep(choice)

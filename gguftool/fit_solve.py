@@ -26,10 +26,13 @@ from .prepare import Job, Prepared
 from .quantize import planned_types
 from .recipe import Recipe
 from .refit import can_refit
+from .stats import CalibrationStats
 from .workspace import Workspace
 
 # The most that may go: further down nothing was ever measured that a smaller type did not beat.
 MOST = 0.9
+# What may go of the experts, tried from the most on until there is a plan: a method may want some of them or of their width.
+SHARES = (MOST, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25, 0.1)
 # How often a ratio is found anew because a skeleton took something else than the one before.
 ROUNDS = 5
 # Share of the room for a file that may stay unused.
@@ -186,7 +189,7 @@ class Solver:
 
     def _fewest(self, target: str) -> int:
         """The fewest slices of which there is a plan: a method may want some experts or widths at least."""
-        tried = [max(1, round(self._slices * (1 - share))) for share in (MOST, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25, 0.1)]
+        tried = [max(1, round(self._slices * (1 - share))) for share in SHARES]
         for slices in tried[:-1]:
             with suppress(GgufToolError):
                 self._size(target, slices)
@@ -220,8 +223,26 @@ class Solver:
         return replace(choice, memory=memory)
 
 
-def targets_for(source: Prepared, targets: Sequence[str], base: Base) -> tuple[list[str], list[str]]:
-    """The types worth trying, and notes on those that are not: of a quantized original only its own and smaller ones."""
+def check_recipe(stats: CalibrationStats, recipe: Recipe) -> PrunePlan:
+    """Its plan at the largest of SHARES that has one. Raises GgufToolError where none has, with what is said of the least."""
+    said = []
+    for share in SHARES:
+        try:
+            return make_plan(stats, replace(recipe, ratio=share))
+        except GgufToolError as error:
+            said.append(str(error))
+    # What has nothing to do with the ratio is the same at all of them.
+    tried = f"tried from {MOST:.0%} down to {SHARES[-1]:.0%}, no share of the experts can go; of the last: "
+    raise GgufToolError(said[-1] if len(set(said)) == 1 else tried + said[-1])
+
+
+def targets_for(
+    source: Prepared, targets: Sequence[str], base: Base, *, named: bool = False
+) -> tuple[list[str], list[str]]:
+    """The types worth trying, and notes on those that are not: of a quantized original only its own and smaller ones.
+
+    Its own is tried too where nobody `named` the types. Raises GgufToolError where none is left.
+    """
     names = list(dict.fromkeys(parse_target(name).name for name in targets))
     if not source.quantized_types:
         return names, []
@@ -233,10 +254,12 @@ def targets_for(source: Prepared, targets: Sequence[str], base: Base) -> tuple[l
         specs = planned_types(base.file, name, has_imatrix=True)
         return name not in FLOATS and sum(spec.padded_bytes for spec in specs) < size
 
-    kept = [name for name in names if name != own and smaller(name)]
-    left = [name for name in names if name != own and name not in kept]
-    with suppress(GgufToolError):  # an encoding that gguftool does not write
-        kept.insert(0, parse_target(own).name)
-    return kept, [
-        f"{', '.join(left)}: not tried, the original is {own} and more bits bring nothing back"
-    ] if left else []
+    kept = [name for name in names if name == own or smaller(name)]
+    left = [name for name in names if name not in kept]
+    if not named and own not in kept:
+        with suppress(GgufToolError):  # an encoding that gguftool does not write
+            kept.insert(0, parse_target(own).name)
+    why = f"the original is {own} and more bits bring nothing back"
+    if not kept:
+        raise GgufToolError(f"{', '.join(left)}: {why}; name a smaller type to choose from, or that one")
+    return kept, [f"{', '.join(left)}: not tried, {why}"] if left else []

@@ -255,8 +255,8 @@ def _announce(path: Path, arch: str, entries: Mapping[str, KeyValue], specs: lis
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises GgufToolError where the disk of `out` has less than `needed` bytes free."""
-    folder = out.parent
+    """Raises GgufToolError where the disk of `out`, a file or a folder, has less than `needed` bytes free."""
+    folder = out if out.is_dir() else out.parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -263,6 +263,11 @@ def groups(layers: Sequence[int], each: int, memory: int | None) -> list[tuple[i
     return [tuple(part.tolist()) for part in np.array_split(np.array(layers, dtype=np.int64), count)]
 
 
+def bounded(memory: int | None) -> str:
+    """What a limit of memory is one of here, for a person: llama.cpp loads the whole model, however much that takes."""
+    return "" if memory is None else f"; second moments stay below {gib(memory)}, the model itself comes on top"
+
+
 def check_memory(each: int, memory: int | None, *remedies: str) -> None:
     """Raises GgufToolError where not even one layer's `each` bytes of second moments fit.
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .durable import stated
 from .report import Candidate, Report, Status
 from .report_files import publish
-from .verification import NAME as VERIFIED
+from .verification import forget
 from .workspace import Say, Watch
 
 # What a run does that makes no file, in words.
@@ -31,8 +30,6 @@ STAGES = {
     "measure": "perplexity and KL divergence",
     "check": "checks of what was measured",
 }
-# What says of the files in a folder how they came about; of a later run's files it would be wrong.
-RECORDS = (VERIFIED, "fit.json")
 
 
 class Journal:
@@ -59,9 +56,7 @@ class Journal:
         """The folder belongs to this run: its report is this run's from here on, and what an earlier one recorded is gone.
         Before that nothing is written."""
         self._begun = True
-        for path in (self.folder / name for name in RECORDS):
-            with stated(path):
-                path.unlink(missing_ok=True)
+        forget(self.folder)
         self._write()
 
     def hearing(self, watch: Watch) -> Watch:

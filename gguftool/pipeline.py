@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import encoding, refitting
+from .calibration import Calibration
 from .chat import template_of_gguf
 from .checkpoint import Checkpoint
 from .corpus import read_scored
@@ -17,6 +18,7 @@ from .dern import dern
 from .errors import GgufToolError
 from .evaluate import Comparison, compare_many
 from .extras import Extras, add_extras
+from .gguf_file import check_space
 from .gguf_model import GgufModel, is_gguf
 from .gguf_refit import NO_SEQUENTIAL
 from .journal import Journal
@@ -25,7 +27,7 @@ from .overrides import Overrides
 from .plan import PrunePlan
 from .planner import DEFAULT_ALIGN, fingerprint, make_plan
 from .prediction import noise
-from .prepare import Job, Prepared, check_names, prepare
+from .prepare import Job, Prepared, check_names, opened, prepare, rehearse
 from .quantize import QuantizeTool, quantize
 from .recipe import Recipe
 from .refit import NO_ROUTES, can_refit
@@ -42,6 +44,8 @@ from .writer import prune
 # Windows of each calibration text, and of a text on every other backend, that a finished model is checked on: enough to see
 # a broken file or a wrong kernel, a small part of what calibration took.
 CHECKED_WINDOWS = 4
+# Characters that a token of a text spells at most, taken over some thousand of them: how far an endless dataset is read.
+SPELLED = 64
 
 
 @dataclass(frozen=True)
@@ -229,24 +233,69 @@ class Produced:
 def produce(
     job: Job, out: Path, recipe: Recipe, say: Say, *, refit: str = "", dry: bool = False, journal: Journal | None = None
 ) -> Produced:  # fmt: skip
-    """Every file of one recipe, in `out`; what is there already stays. A `dry` run only finds what that is."""
+    """Every file of one recipe, in `out`; what is there already stays. A `dry` run only finds what that is.
+
+    Raises GgufToolError before the first dear step for all that can be known by then, the room on the disk among it.
+    """
     check_names(job)
     watch = job.watch if journal is None else journal.hearing(job.watch)
     work = Workspace(out, say, watch=watch, dry=dry)
     if journal is not None:
         journal.begin()  # the folder is this run's now
-    target = recipe.target
     check_refit(job, recipe, refit)
-    source = prepare(job, work, [recipe], refit)
+    known = opened(job, [recipe], refit)
+    if dry:
+        found = _produced(job, work, recipe, refit, known, None)
+        rehearse(job, work, known)
+        return found
+    ahead = Workspace(out, lambda _text: None, dry=True)
+    check_space(out, room(_produced(job, ahead, recipe, refit, known, None)))
+    return _produced(job, work, recipe, refit, known, journal)
+
+
+def _produced(
+    job: Job, work: Workspace, recipe: Recipe, refit: str, known: Calibration, journal: Journal | None
+) -> Produced:  # fmt: skip
+    source, target = prepare(job, work, [recipe], known), recipe.target
     if journal is not None:
         journal.learn(model=model_facts(source.stats), calibrated=calibrated_facts(source.stats))
     built = build(job, work, source, recipe, refit=refit)
     rivals = [quantize_base(job, work, source, target)] if target and is_quantized(source, target) else []
     assert built.plan is not None
-    notes = [*what_to_know(source, built), *([] if dry else coverage(source.stats).notes())]
+    notes = [*what_to_know(source, built), *([] if work.dry else coverage(source.stats).notes())]
     if journal is not None:
         journal.learn(experts=expert_facts(source.stats, built.plan))
     return Produced(work, source, built, rivals, notes)
+
+
+def sizes(made: Produced) -> dict[str, int]:
+    """Bytes by name of the large files that a run makes, without their headers."""
+    facts, plan, target = made.source.stats.model, made.built.plan, made.built.encoding
+    assert plan is not None
+    found = {"base.gguf": sum(spec.padded_bytes for spec in facts.tensors)}
+    whole = make_plan(made.source.stats, Recipe("global", 0.0, target=plan.recipe.target))
+    for name in made.files:
+        if name.startswith("stats"):
+            found[name] = made.source.stats.array_bytes
+        elif name.endswith(".safetensors"):
+            found[name] = sum(4 * facts.n_embd * sum(layer.widths) for layer in plan.layers)
+        elif name in {rival.path.name for rival in made.rivals}:
+            found[name] = whole.encoded_bytes or 0
+        elif name.endswith(".gguf") and name != "base.gguf":
+            final = name == made.built.path.name and plan.encoded and target == plan.recipe.target
+            found[name] = (plan.encoded_bytes or 0) if final else plan.tensor_bytes
+    return found
+
+
+def room(made: Produced) -> int:
+    """Bytes of disk that the missing files of a dry run take at most, on the way too; those that they replace go first."""
+    known, taken, most = sizes(made), 0, 0
+    for name in (name for name in made.files if name in made.work.missing):
+        path, size = made.work.folder / name, known.get(name, 0)
+        taken += size - (path.stat().st_size if path.is_file() else 0)
+        # What is computed layer by layer is there twice until the file is saved.
+        most = max(most, taken + (size if name.endswith(".safetensors") else 0))
+    return most
 
 
 def is_quantized(source: Prepared, target: str) -> bool:
@@ -298,7 +347,8 @@ def far_from_plan(job: Job, made: Produced) -> list[str]:
     for source, (_, windows) in zip(map(as_source, job.calibration), made.source.domains, strict=True):
         if len(windows) < 2:
             continue  # read as one text, and not document by document, a single window may come out too short
-        text, special = read_scored(source, lambda: template_of_gguf(base))
+        enough = CHECKED_WINDOWS * job.n_ctx * SPELLED
+        text, special = read_scored(source, lambda: template_of_gguf(base), enough)
         texts[f"{source.name} (calibration)"] = [
             one.as_dict() for one in _compared(job, base, models, text, special, CHECKED_WINDOWS)
         ]

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from . import calibration, encoding
+from . import encoding
 from .asked import refuse_options
+from .calibration import Calibration, GgufCalibration, of_checkpoint, of_gguf
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 from .corpus import Tokenizer, load_domain, load_domains
@@ -25,9 +26,9 @@ from .gguf_file import Progress
 from .gguf_model import GgufModel, is_gguf, open_gguf
 from .gguf_refit import moments_bytes
 from .gguf_tokenizer import GgufTokenizer
-from .inventory import model_facts
 from .loader import usable_device
 from .memory import parse_bytes, parse_dtype
+from .methods import method
 from .plan import PrunePlan
 from .planner import make_plan
 from .recipe import Recipe
@@ -130,43 +131,105 @@ class Prepared:
         return not self.has_encoding(target) and kind not in encoding.FLOATS and bool(self.quantized_types - {kind})
 
 
-def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe], refit: str = "") -> Prepared:
-    """Checkpoint, base GGUF and stats. Everything that can be refused is refused before the first dear step.
+def opened(job: Job, recipes: Sequence[Recipe], refit: str = "") -> Calibration:
+    """Opens the model and reads the texts. Everything that can be refused is refused here, and nothing is written.
 
     Args:
         recipes: what is planned later. refit: how all of these are refitted, as `pipeline.build` takes it.
     """
-    if is_gguf(job.model):
-        return _prepare_gguf(job, work, recipes, refit)
+    check_methods(job, [recipe.method for recipe in recipes])
+    found = _opened_gguf(job) if is_gguf(job.model) else _opened_checkpoint(job)
+    stats = blank(found)
+    check_refits(job, found, [make_plan(stats, recipe) for recipe in recipes], refit)
+    return found
+
+
+def blank(calibration: Calibration) -> CalibrationStats:
+    """Stats of nothing in place of those that it will give; made anew each time, they are as large."""
+    return CalibrationStats.blank(calibration.facts, len(calibration.domains), obs=calibration.obs)
+
+
+def check_methods(job: Job, methods: Sequence[str]) -> None:
+    """Raises GgufToolError for a method that is none, or is not for the model or the device, and for such a device."""
+    solves = any(method(name).refitted for name in methods)
+    if not is_gguf(job.model):
+        usable_device(job.device, solves=solves)
+        return
+    refuse_options(job.device, job.dtype)
+    if "dern" in methods:
+        raise GgufToolError(f"dern needs the checkpoint, and {job.model} is a GGUF; take another method")
+
+
+def check_refits(job: Job, calibration: Calibration, plans: Sequence[PrunePlan], refit: str) -> None:
+    """Raises GgufToolError for a refit that the model, the device or the limit of memory does not take."""
+    model = calibration.model if isinstance(calibration, GgufCalibration) else calibration.checkpoint
+    for plan in plans:
+        kind, _ = kind_of(model, plan, refit)
+        if not kind or not can_refit(model, plan):
+            continue
+        if isinstance(calibration, GgufCalibration):
+            moments_bytes(plan, job.limit)
+            continue
+        usable_device(job.device, solves=True)
+        refit_memory(
+            calibration.checkpoint, plan, calibration.domains, parse_dtype(job.dtype), job.limit, device=job.device,
+            sequential=kind == "sequential",
+        )  # fmt: skip
+
+
+def _opened_checkpoint(job: Job) -> Calibration:
     checkpoint = open_checkpoint(job.model)
-    tokenizer = checkpoint.tokenizer()
+    domains = _read(job, checkpoint.tokenizer())
+    return of_checkpoint(checkpoint, domains, device=job.device, dtype=parse_dtype(job.dtype), limit=job.limit)
+
+
+def _opened_gguf(job: Job) -> Calibration:
+    model = open_gguf(job.model)
+    domains = _read(job, GgufTokenizer(job.llama, job.model))
+    return of_gguf(model, domains, llama=job.llama, limit=job.limit)
+
+
+def _read(job: Job, tokenizer: Tokenizer) -> Sequence[tuple[Domain, Windows]]:
+    """The calibration texts as windows; those of evaluation are looked at."""
     domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
     _check_evaluation(job, tokenizer)
-    blank = CalibrationStats.blank(model_facts(checkpoint), len(domains))
-    refits = _refits(checkpoint, [make_plan(blank, recipe) for recipe in recipes], refit)
-    usable_device(job.device, solves=bool(refits))
-    dtype = parse_dtype(job.dtype)
-    checked = calibration.of_checkpoint(checkpoint, domains, device=job.device, dtype=dtype, limit=job.limit)
-    for plan, kind in refits:
-        refit_memory(checkpoint, plan, domains, dtype, job.limit, device=job.device, sequential=kind == "sequential")
+    return domains
+
+
+def prepare(job: Job, work: Workspace, recipes: Sequence[Recipe], known: Calibration | None = None) -> Prepared:
+    """Checkpoint, base GGUF and stats; `known` is what `opened` gave, where that was asked before.
+
+    Raises GgufToolError as `opened` does, before the first dear step. A GGUF is its own base.
+    """
+    calibration = known or opened(job, recipes)
     if job.limit is not None:
-        work.say(checked.how)
-    inputs = _model_key(checkpoint)
-    base = base_gguf(job, work, checkpoint)
+        work.say(calibration.how)
+    key: dict[str, Any]
+    if isinstance(calibration, GgufCalibration):
+        base, key = job.model, {"model": calibration.model.fingerprint, "runtime": job.runtime.path.name}
+    else:
+        base = base_gguf(job, work, calibration.checkpoint)
+        key = _model_key(calibration.checkpoint) | {"dtype": str(calibration.memory.dtype)}
 
     def measure(path: Path) -> None:
-        checked.run(work.folder / SCRATCH, path, job.progress)
+        calibration.run(work.folder / SCRATCH, path, job.progress)
 
-    key = inputs | _texts_key(job, domains) | {"dtype": str(checked.memory.dtype)}
-    path = work.step(_stats_name(job), key, measure)
-    stats = work.read(path, CalibrationStats.load) or blank
-    return Prepared(checkpoint, base, stats, domains)
+    path = work.step(_stats_name(job), key | _texts_key(job, calibration.domains), measure)
+    stats = work.read(path, CalibrationStats.load) or blank(calibration)
+    if not isinstance(calibration, GgufCalibration):
+        return Prepared(calibration.checkpoint, base, stats, calibration.domains)
+    model = calibration.model
+    work.state["base.gguf"] = model.fingerprint
+    return Prepared(replace(model, norm_topk=stats.model.norm_topk), base, stats, calibration.domains)
 
 
-def _refits(model: Checkpoint | GgufModel, plans: Sequence[PrunePlan], refit: str) -> list[tuple[PrunePlan, str]]:
-    """The plans that are refitted, and how. Raises as `refitting.kind_of` does."""
-    kinds = [(plan, kind_of(model, plan, refit)[0]) for plan in plans]
-    return [(plan, kind) for plan, kind in kinds if kind and can_refit(model, plan)]
+def rehearse(job: Job, work: Workspace, calibration: Calibration) -> None:
+    """After a dry `prepare`: what a run finds out next of a checkpoint, whether the converter takes it. Nothing is written."""
+    out = work.folder / "base.gguf"
+    if isinstance(calibration, GgufCalibration):
+        return
+    if out.name in work.missing:
+        convert(calibration.checkpoint.path, out, job.runtime, pre_tokenizer=job.pre_tokenizer, dry_run=True)
 
 
 def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
@@ -176,43 +239,16 @@ def convert_soundly(job: Job, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def base_gguf(job: Job, work: Workspace, checkpoint: Checkpoint) -> Path:
-    """The checkpoint as llama.cpp's converter writes it. In a dry workspace the converter only says whether it would."""
-    path = work.step(
+    """The checkpoint as llama.cpp's converter writes it."""
+    return work.step(
         "base.gguf",
         _model_key(checkpoint) | {"runtime": job.runtime.path.name, "pre": job.pre_tokenizer},
         lambda path: convert_soundly(job, checkpoint, path),
     )
-    if path.name in work.missing:
-        convert(checkpoint.path, path, job.runtime, pre_tokenizer=job.pre_tokenizer, dry_run=True)
-    return path
 
 
 def _model_key(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model": checkpoint.fingerprint, "tokenizer": _tokenizer_hash(checkpoint.path)}
-
-
-def _prepare_gguf(job: Job, work: Workspace, recipes: Sequence[Recipe], refit: str) -> Prepared:
-    """The same from a GGUF, which is its own base."""
-    refuse_options(job.device, job.dtype)
-    model, tokenizer = open_gguf(job.model), GgufTokenizer(job.llama, job.model)
-    for recipe in recipes:
-        if recipe.method == "dern":
-            raise GgufToolError(f"dern needs the checkpoint, and {job.model} is a GGUF; take another method")
-    domains = load_domains(job.calibration, tokenizer, job.n_ctx, job.windows, job.seed)
-    _check_evaluation(job, tokenizer)
-    checked = calibration.of_gguf(model, domains, llama=job.llama, limit=job.limit)
-    blank = CalibrationStats.blank(model.facts(), len(domains), obs=checked.obs)
-    for plan, _ in _refits(model, [make_plan(blank, recipe) for recipe in recipes], refit):
-        moments_bytes(plan, job.limit)
-    key = {"model": model.fingerprint, "runtime": job.runtime.path.name}
-
-    def measure(path: Path) -> None:
-        checked.run(work.folder / SCRATCH, path, job.progress)
-
-    path = work.step(_stats_name(job), key | _texts_key(job, domains), measure)
-    stats = work.read(path, CalibrationStats.load) or blank
-    work.state["base.gguf"] = model.fingerprint
-    return Prepared(replace(model, norm_topk=stats.model.norm_topk), job.model, stats, domains)
 
 
 def _stats_name(job: Job) -> str:

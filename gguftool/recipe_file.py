@@ -42,6 +42,14 @@ _PRUNING = (
 _OTHER_NAMES = {"keep": "ratio (1 - keep)", "target": "quant", "n_ctx": "ctx", "evaluation": "eval"}
 
 
+class WrongValue(GgufToolError):
+    """A value of a recipe that cannot be. A command may call its `key` otherwise; `why` is what follows the name."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(f"{key}{why}")
+        self.key, self.why = key, why
+
+
 @dataclass(frozen=True)
 class Found:
     """What a budget led to: the best file that fits.
@@ -123,10 +131,10 @@ class RunRecipe:
     def __post_init__(self) -> None:
         for name, known in (("refit", (None, *REFITS)), ("dtype", DTYPES), ("backend", BACKENDS)):
             if (value := getattr(self, name)) not in known:
-                raise GgufToolError(f"{name} {value!r} is not one of {', '.join(str(one) for one in known if one)}")
+                raise WrongValue(name, f" {value!r} is not one of {', '.join(str(one) for one in known if one)}")
         for name, least in (("ctx", 4), ("windows", 1), ("eval_windows", 1), ("fit_ctx", 1)):
             if (value := getattr(self, name)) is not None and value < least:
-                raise GgufToolError(f"{name} {value} is less than {least}")
+                raise WrongValue(name, f" {value} is less than {least}")
         if self.fit is not None and self.ratio is not None:
             raise GgufToolError("fit finds the ratio; leave ratio (--ratio, --keep) out")
         if self.fit_ctx is not None and self.ratio is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import GgufToolError
 from .forward import LayerStream, Progress, check_windows
 from .gguf_model import GgufModel, is_gguf
+from .gguf_pass import bounded
 from .gguf_refit import NO_SEQUENTIAL, moments_bytes, refit_gguf, refittable
 from .loader import usable_device
 from .memory import MemoryPlan
@@ -106,7 +107,11 @@ class GgufRefit:
     llama: Any
     limit: int | None
     notes: tuple[str, ...] = ()
-    how: ClassVar[str] = "plain, by llama.cpp on the CPU"
+
+    @property
+    def how(self) -> str:
+        """How it is run, for a person."""
+        return f"plain, by llama.cpp on the CPU{bounded(self.limit)}"
 
     @property
     def widths(self) -> list[int]:

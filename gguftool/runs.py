@@ -16,17 +16,15 @@ from .fit import TARGETS, Ask
 from .fit_run import produce_fitting, produce_found
 from .gguf_file import Progress
 from .gguf_model import is_gguf, open_gguf
-from .journal import RECORDS, Journal
+from .journal import Journal
 from .memory import parse_bytes
-from .pipeline import Produced, assess, produce
-from .planner import make_plan
+from .pipeline import Produced, assess, produce, sizes
 from .prepare import Job
-from .recipe import Recipe
-from .recipe_file import FIT_CTX, NAME, Found, Made, RunRecipe, load, save
+from .recipe_file import FIT_CTX, NAME, Found, Made, RunRecipe, WrongValue, load, save
 from .report import Report
 from .report_files import JSON
 from .sources import files
-from .verification import Verified, differences, hashes, sha256
+from .verification import RECORDS, Verified, differences, hashes, sha256
 from .workspace import Say, Watch
 
 HEAD = """What this folder was made by. `gguftool verify FOLDER` makes it again and compares; `gguftool compress --recipe` takes
@@ -83,31 +81,12 @@ def outlook(recipe: RunRecipe, out: Path, ears: Ears = Ears()) -> list[Step]:
     """
     job = job_of(recipe, ears)
     made = produce(job, out, recipe.pruning, lambda _text: None, refit=recipe.refit or "", dry=True)
-    sizes = _sizes(made)
+    known = sizes(made)
     steps = []
     for name in made.files:
         there = name not in made.work.missing
-        steps.append(Step(name, there, (out / name).stat().st_size if there else sizes.get(name)))
+        steps.append(Step(name, there, (out / name).stat().st_size if there else known.get(name)))
     return steps
-
-
-def _sizes(made: Produced) -> dict[str, int]:
-    """Bytes by name of the large files that a run makes, without their headers."""
-    facts, plan, target = made.source.stats.model, made.built.plan, made.built.encoding
-    assert plan is not None
-    sizes = {"base.gguf": sum(spec.padded_bytes for spec in facts.tensors)}
-    whole = make_plan(made.source.stats, Recipe("global", 0.0, target=plan.recipe.target))
-    for name in made.files:
-        if name.startswith("stats"):
-            sizes[name] = made.source.stats.array_bytes
-        elif name.endswith(".safetensors"):
-            sizes[name] = sum(4 * facts.n_embd * sum(layer.widths) for layer in plan.layers)
-        elif name in {rival.path.name for rival in made.rivals}:
-            sizes[name] = whole.encoded_bytes or 0
-        elif name.endswith(".gguf") and name != "base.gguf":
-            final = name == made.built.path.name and plan.encoded and target == plan.recipe.target
-            sizes[name] = (plan.encoded_bytes or 0) if final else plan.tensor_bytes
-    return sizes
 
 
 def job_of(recipe: RunRecipe, ears: Ears) -> Job:
@@ -120,7 +99,7 @@ def job_of(recipe: RunRecipe, ears: Ears) -> Job:
         try:
             parse_bytes(recipe.memory)
         except GgufToolError as error:
-            raise GgufToolError(f"memory: {error}") from error
+            raise WrongValue("memory", f": {error}") from error
     found = runtime.require(recipe.backend)
     return Job(
         model=recipe.model, calibration=recipe.data, evaluation=recipe.eval, runtime=found, llama=runtime.load(found),
@@ -144,7 +123,7 @@ def ask_of(recipe: RunRecipe) -> Ask | None:
     targets = (recipe.quant,) if recipe.quant else TARGETS
     return Ask(
         budget, recipe.fit_ctx or FIT_CTX, recipe.pruning, targets, recipe.refit or "",
-        budget_option="--fit", ctx_option="--fit-ctx",
+        budget_option="--fit", ctx_option="--fit-ctx", named=recipe.quant is not None,
     )  # fmt: skip
 
 

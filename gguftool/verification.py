@@ -1,7 +1,8 @@
 """Whether what was written is what was meant: files reopened and hashed, measurements held against what can be right.
 
 `verified.json` beside the outputs keeps the sha256 of every file that a run made, and what was found wrong. It is written
-behind all else that it speaks of, recipe.toml among that, and the next run in that folder takes it away when it begins.
+behind all else that it speaks of, recipe.toml among that, and the next run in that folder takes it away when it begins, as
+does any other command that makes one of those files anew.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from .durable import write_text
+from .durable import stated, write_text
 from .errors import GgufToolError
 from .gguf_file import GgufFile, Progress
 from .inspection import check, inspect
 from .prediction import bound
 from .report_files import load as load_report
+from .report_files import publish
 
 NAME = "verified.json"
+# What says of the files in a folder how they came about; of files that were made later it would be wrong.
+RECORDS = (NAME, "fit.json")
 FORMAT = "gguftool.verified"
 VERSION = 1
 
@@ -74,6 +79,32 @@ def unended(folder: Path) -> str:
 def not_done(folder: Path, was: Verified) -> list[str]:
     """Why the run that `was` records is not done, a line each: what was found wrong, or where it was stopped behind that."""
     return list(was.failures) or [line for line in [unended(folder)] if line]
+
+
+def forget(folder: Path) -> None:
+    """Removes what an earlier run recorded in `folder`."""
+    for path in (folder / name for name in RECORDS):
+        with stated(path):
+            path.unlink(missing_ok=True)
+
+
+def disown(folder: Path, name: str) -> None:
+    """Before the file `name` is made anew: if a run in `folder` has recorded it, the record goes, and its report says why."""
+    try:
+        if not (folder / NAME).is_file() or name not in Verified.load(folder).files:
+            return
+    except GgufToolError:  # a record that nobody can read vouches for nothing
+        return
+    report = None
+    with suppress(GgufToolError):  # files may have been taken elsewhere without their report
+        report = load_report(folder)
+    if report is not None and report.status.done:
+        message = (
+            f"{name} was made anew in this folder by another command, so the files are not those of this run any more; the "
+            "same command makes them again"
+        )
+        publish(replace(report, status=replace(report.status, state="failed", message=message)), folder)
+    forget(folder)
 
 
 def check_sound(path: Path) -> None:

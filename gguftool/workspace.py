@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from . import __version__
 from .durable import flush, hold, release, stated, write_text
 from .errors import GgufToolError
+from .verification import disown
 
 Say = Callable[[str], None]
 # What happens, with facts: "step" (name, path, state: making, made or there), "stage" (name: budget, weigh, measure or
@@ -70,6 +71,8 @@ class Workspace:
     def step(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
         """The file `name`, made by `make(path)` unless it was made from the same inputs before.
 
+        Before it is made, a record in the folder that speaks of an earlier one goes (`verification.disown`).
+
         Raises GgufToolError for a file of that name which this folder's runs did not make.
         """
         path = self.folder / name
@@ -86,6 +89,7 @@ class Workspace:
             return path
         if path.exists() and self.state[name] != BEING_MADE:
             self.say(f"{name}: was made from other inputs or by another recipe; replacing it")
+        disown(self.folder, name)
         # A run that is killed in between must leave no file under another run's key.
         self._remember(name, BEING_MADE)
         path.unlink(missing_ok=True)

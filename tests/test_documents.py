@@ -244,6 +244,9 @@ def test_a_dataset_is_read_as_far_as_windows_ask(hub):
     drawn = load_domain(parse_source("hf:owner/name:20"), Letters(), 4, 3, seed=1)[0]
     assert len(drawn.windows) == 3
     assert read_text(parse_source("hf:owner/name:2")) == "000\n\n001"
+    hub.clear()
+    assert read_scored(parse_source("hf:owner/name"), lambda: None, 7) == ("000\n\n001\n\n002", False) and len(hub) == 3
+    assert read_scored(parse_source("hf:owner/name:5"), lambda: None, 7)[0].endswith("004")
 
 
 def test_what_is_wrong_with_a_dataset_is_said(hub, monkeypatch):

@@ -227,6 +227,8 @@ def test_calibrate(ask, checkpoint_dir, base_gguf, files, tmp_path, llama):
         # The sums over other matrices, 10 % of this small model's file, are not counted.
         size = (files / "stats.safetensors").stat().st_size
         assert 0.85 * size < said["bytes"] < size
+    limited = ask("calibrate", base_gguf, "--data", text, "--memory", "1GiB", "-o", tmp_path / "s")["how"]
+    assert limited.endswith("types; second moments stay below 1.00 GiB, the model itself comes on top")
     assert "by estimate" in ask("calibrate", checkpoint_dir, "--data", text, "-o", tmp_path / "s")["how"]
     with pytest.raises(GgufToolError, match="at least"):
         ask("calibrate", checkpoint_dir, "--data", text, "--memory", "1MiB", "-o", tmp_path / "s.safetensors")
@@ -240,6 +242,8 @@ def test_refit(ask, checkpoint_dir, base_gguf, files, tmp_path):
     assert said["how"].startswith("plain: float32") and not list(tmp_path.iterdir())
     own = ask("refit", base_gguf, "--plan", files / "gguf.json", *arguments[4:], tmp_path / "w.safetensors")
     assert own["how"] == "plain, by llama.cpp on the CPU" and own["experts"] > 0
+    limited = ask("refit", base_gguf, "--plan", files / "gguf.json", *arguments[4:], tmp_path / "w", "--memory", "1GiB")
+    assert limited["how"] == f"{own['how']}; second moments stay below 1.00 GiB, the model itself comes on top"
     cli.main([*map(str, arguments), str(tmp_path / "w.safetensors"), "--quiet"], standalone_mode=False)
     assert len(Overrides.load(tmp_path / "w.safetensors")) == said["experts"]
     assert said["bytes"] < (tmp_path / "w.safetensors").stat().st_size < said["bytes"] + 100_000
@@ -394,9 +398,13 @@ def test_compress(ask, checkpoint_dir, tmp_path, llama):
     sizes = [step["bytes"] for step in said["steps"] if step["name"].endswith(".gguf")]
     # base, pruned by 40 % of its experts, that and the base quantized: what the README's table has, headers apart.
     assert all(abs(size - 1e6 * known) < 0.5e6 for size, known in zip(sizes, (14.80, 9.75, 3.33, 5.02), strict=True))
-    assert ask(*arguments, "--quant", "q4_k")["steps"] == said["steps"]
+
+    def to(kind):
+        return [kind if part == "Q4_K_M" else part for part in arguments]
+
+    assert ask(*to("q4_k"))["steps"] == said["steps"]
     # A float type is not quantized: nothing unpruned stands beside it.
-    as_it_is = ask(*arguments, "--quant", "bf16")["steps"]
+    as_it_is = ask(*to("bf16"))["steps"]
     assert [step["name"] for step in as_it_is] == [
         step["name"].replace("Q4_K_M.plan", "BF16.plan") for step in said["steps"][:5]
     ]

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType as V
 
-from gguftool import builtin, fit, fit_measure, gguf_file
+from gguftool import builtin, fit, fit_measure, gguf_file, runs
 from gguftool.budget import JITTER, Memory, measure
 from gguftool.checkpoint import open_checkpoint
 from gguftool.cli import cli
@@ -27,9 +27,11 @@ from gguftool.outline import Base, Outline, entry_bytes, pruned, unpruned
 from gguftool.prepare import Job, Prepared
 from gguftool.quantize import QuantizeTool, quantize
 from gguftool.recipe import Recipe
+from gguftool.recipe_file import RunRecipe
 from gguftool.stats import CalibrationStats
 from gguftool.workspace import Workspace
 from gguftool.writer import prune
+from typed import typed
 
 CTX = 64  # short: the buffers of a batch would take more than this small model
 
@@ -304,6 +306,65 @@ def test_what_cannot_be_asked(job, change, message) -> None:
         check(replace(job, evaluation=[Path("a/x.txt"), Path("b/x.txt")]), ASK)
 
 
+MISSING = [Path("missing.txt")]
+
+
+@pytest.mark.parametrize(
+    ("of_job", "of_ask", "message"),
+    [
+        ({"calibration": MISSING}, {}, "missing.txt: no such text file"),
+        ({"evaluation": MISSING}, {}, "missing.txt: no such text file"),
+        ({"eval_windows": 0}, {}, "1 window are needed"),
+        ({"n_ctx": 2048}, {}, "more than the model's 1024"),
+        ({"device": "wrong"}, {}, "device 'wrong' cannot be used"),
+        ({"memory": "1MiB"}, {}, "at least"),
+        ({}, {"targets": ()}, "no type to choose from"),
+        ({}, {"recipe": Recipe("tnep", 0.0)}, "did you mean tenp"),
+        ({}, {"recipe": Recipe("auto", 0.0, criterion="x")}, "criterion"),
+        ({}, {"recipe": Recipe("auto", 0.0, layout="stock")}, "^--layout stock"),
+        (
+            {},
+            {"recipe": Recipe("tenp", 0.0, whole=0.95)},
+            "from 90% down to 10%, no share .* at most 0.9 of the experts",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_was_typed_is_looked_at_before_anything_is_written(
+    job, of_job, of_ask, message, dry_run, tmp_path
+) -> None:
+    with pytest.raises(GgufToolError, match=message):
+        fit.run(replace(job, **of_job), tmp_path / "out", replace(ASK, **of_ask), lambda _: None, dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_is_not_refused_for_a_ratio_that_nobody_gave(job, base_gguf, stats, tmp_path, monkeypatch) -> None:
+    ask = replace(ASK, recipe=Recipe("tenp", 0.0, whole=0.6), targets=("Q8_0",))
+    job, asked = replace(job, model=base_gguf), []
+
+    def prepare(job, work, recipes, known):
+        asked.append(recipes)
+        return Prepared(known.model, base_gguf, stats, ())
+
+    monkeypatch.setattr(fit, "prepare", prepare)
+    fit.start(job, Workspace(tmp_path, lambda _: None), ask, check(job, ask))
+    assert asked == [[]]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--calibration-memory", "12Gi"], "--calibration-memory: '12Gi' is no size"),
+        (["--window", 3], "--window 3 is less than 4"),
+        (["--ctx", 0], "--ctx 0 is less than 1"),
+        (["--eval-windows", 0], "--eval-windows 0 is less than 1"),
+    ],
+)
+def test_what_is_wrong_is_called_as_it_was_typed(given, said, checkpoint_dir, tmp_path) -> None:
+    given = [checkpoint_dir, "--memory", "1GiB", "--data", "x", "--eval", "y", "-o", tmp_path / "out", *given]
+    assert f"error: {said}" in typed("fit", *given, code=1)
+
+
 def test_a_budget_below_the_weights_is_refused_before_anything_is_converted(job, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fit, "base_gguf", lambda *_: pytest.fail("converted"))
     with pytest.raises(GgufToolError, match=r"0\.5 MiB is too small: with 90% of the experts gone .* as Q2_K"):
@@ -349,10 +410,22 @@ def test_a_quantized_original_is_not_blown_up(base_gguf, runtime, stats, tmp_pat
     small = quantized(base_gguf, "Q4_K_M", tmp_path / "q4.gguf", runtime, stats)
     model = open_gguf(small)
     source = Prepared(model, small, stats, ())
-    kept, notes = targets_for(source, ("Q8_0", "Q4_K_M", "Q2_K", "BF16"), Base.open(small))
+    base = Base.open(small)
+    kept, notes = targets_for(source, ("Q8_0", "Q4_K_M", "Q2_K", "BF16"), base)
     assert kept == ["Q4_K_M", "Q2_K"] and notes == [
         "Q8_0, BF16: not tried, the original is Q4_K_M and more bits bring nothing back"
     ]
+    # Its own type is looked at where nobody named others.
+    assert targets_for(source, ("Q2_K",), base) == (["Q4_K_M", "Q2_K"], [])
+    assert targets_for(source, ("Q2_K",), base, named=True) == (["Q2_K"], [])
+    assert targets_for(source, ("Q4_K_M",), base, named=True) == (["Q4_K_M"], [])
+    with pytest.raises(GgufToolError, match="Q8_0, BF16: the original is Q4_K_M and .* name a smaller type"):
+        targets_for(source, ("Q8_0", "BF16"), base, named=True)
+
+
+def test_compress_says_whether_the_type_was_named() -> None:
+    asked = [runs.ask_of(RunRecipe(fit="1GiB", quant=quant)) for quant in (None, "Q6_K")]
+    assert [(ask.named, ask.targets) for ask in asked] == [(False, fit.TARGETS), (True, ("Q6_K",))]
 
 
 # --- all of it -----------------------------------------------------------------------------------------------------

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shutil
 import socket
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import gguftool
 from gguf_models import write_random
-from gguftool import builtin, pipeline, runs
+from gguftool import builtin, gguf_file, pipeline, runs
 from gguftool.crosscheck import CrossCheck
 from gguftool.divergence import Estimate, KlStatistics
 from gguftool.errors import GgufToolError
@@ -22,6 +25,7 @@ from gguftool.extras import Extras
 from gguftool.journal import Journal
 from gguftool.recipe import Recipe
 from gguftool.recipe_file import load
+from gguftool.report_files import load as load_report
 from gguftool.runs import Ears, carry_out, job_of
 from gguftool.tensors import TensorSpec
 from gguftool.verification import Expected, Verified, check_sound, differences, failures, sha256
@@ -180,6 +184,34 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
     shutil.rmtree(place / "out.verify")
 
 
+def test_a_file_that_another_command_makes_anew_is_damage_of_nobody(place, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    (copy / "fit.json").write_text("{}")
+    work = Workspace(copy, lambda _: None)
+    # What the record does not speak of is no concern of it, and what is there already is not made.
+    work.step("other", {"in": 1}, lambda path: path.write_text("x"))
+    assert "as they were made" in typed("verify", copy, "--fast")
+    record = Verified.load(copy)
+
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work.step("stats.safetensors", {"texts": "others"}, stopped)
+    assert not (copy / "verified.json").exists() and not (copy / "fit.json").exists()
+    why = "stats.safetensors was made anew in this folder by another command"
+    for way in (["--fast"], ["--scratch", tmp_path / "again"]):
+        assert f"has not come to its end: Failed: {why}" in typed("verify", copy, *way, code=1)
+    assert why in load_report(copy).status.message
+    assert why in (copy / "report.html").read_text() and why in (copy / "report.md").read_text()
+    # A report that says already how its run ended is left to say it.
+    record.save(copy)
+    before = (copy / "report.json").read_bytes()
+    work.step("base.gguf", {"model": "another"}, lambda path: path.write_bytes(b"x"))
+    assert (copy / "report.json").read_bytes() == before and not (copy / "verified.json").exists()
+
+
 def test_the_folder_that_one_stands_in_can_be_verified(place, monkeypatch):
     seen = []
 
@@ -224,6 +256,11 @@ def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, pla
         (["model", "--data", "x", "--eval", "x"], 2, "give --ratio or --keep"),
         (["model", "--recipe", "code", "--depth", "1"], 2, "FIRST:LAST"),
         (["model", "--recipe", "code", "--memory", "much"], 1, "memory: 'much' is no size"),
+        (
+            ["model", "--recipe", "code", "--quant", "Q8_0", "--quant", "Q4_K"],
+            2,
+            "--quant takes one type here, not Q8_0 and Q4_K",
+        ),
         (["model", "--recipe", "code", "--fit-ctx", "64"], 1, "--fit-ctx) is the context of a budget"),
         (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi"], 1, "leave one of the two out"),
         (["model", "--recipe", "code", "--no-extras", "--prompt", "Hi", "--dry-run"], 1, "leave one of the two out"),
@@ -262,6 +299,48 @@ def test_a_file_in_the_originals_own_type_is_the_pruned_one(made, tmp_path):
     own, named = (pipeline.build(job, work, source, recipe) for recipe in recipes)
     assert named.path == own.path == tmp_path / "model-GLOBAL50-BF16.gguf" and own.path.is_file()
     assert (named.label, named.encoding) == ("global 50 % BF16", "BF16")
+
+
+def test_room_for_all_that_is_to_be_made_is_looked_for_first(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000_000))
+    said = typed("compress", "--recipe", place / "r.toml", "-o", tmp_path / "out", code=1)
+    # base 14.8 MB, stats 1, pruned 11.7, that as Q8_0 6.2 and the unpruned one as Q8_0 7.9
+    assert re.search(r"out: needs 0\.04 GB, the disk has 0\.03 GB free", said)
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".gguf", ".safetensors")]
+    # What is there needs no room, and what is replaced goes first.
+    job = job_of(load(place / "out" / "recipe.toml"), Ears())
+    made = pipeline.produce(job, place / "out", Recipe("global", 0.5), print, dry=True)
+    assert 5_000_000 < pipeline.room(made) < 15_000_000
+
+
+def test_room_by_hand(tmp_path, monkeypatch):
+    (tmp_path / "b.gguf").write_bytes(b"xx")
+    made = SimpleNamespace(files=["a.safetensors", "there.gguf", "b.gguf", "c.gguf"])
+    made.work = SimpleNamespace(missing=["a.safetensors", "b.gguf", "c.gguf"], folder=tmp_path)
+    for last, most in ((1, 20), (8, 21)):  # a twice while it is saved; a, b in place of 2 bytes, and c
+        sizes = {"a.safetensors": 10, "there.gguf": 100, "b.gguf": 5, "c.gguf": last}
+        monkeypatch.setattr(pipeline, "sizes", lambda _, sizes=sizes: sizes)
+        assert pipeline.room(made) == most
+
+
+def test_a_dataset_without_a_limit_is_read_as_far_as_it_is_needed(place, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    copy = shutil.copytree(place / "out", tmp_path / "out")
+    parts, taken = (place / "calib.txt").read_text().split("\n\n"), []
+
+    def load_dataset(name, config, *, split, streaming):
+        assert (name, config, split, streaming) == (str(tmp_path / "set"), None, "train", True)
+        taken.append(0)
+        for part in itertools.cycle(parts):
+            taken[-1] += len(part)
+            yield {"text": part}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    typed("compress", "--recipe", place / "r.toml", "--data", f"hf:{tmp_path / 'set'}", "-o", copy, "--no-extras")
+    assert load_report(copy).status.done
+    # Two windows are calibrated on; four are checked, and of so many tokens none is as long as that on average.
+    enough = pipeline.CHECKED_WINDOWS * 512 * pipeline.SPELLED
+    assert len(taken) == 2 and taken[0] < enough <= taken[1] < enough + max(map(len, parts)) + 1
 
 
 def assessed(made):
