@@ -161,7 +161,7 @@ def check(job: Job, ask: Ask) -> Calibration:
     for target in ask.targets:
         encoding.parse_target(target)
     check_refit(job, ask.recipe, ask.refit)
-    check_methods(job, [ask.recipe.method])
+    check_methods(job, [ask.recipe.method], ask.refit)
     known = opened(job, [])
     plan = check_recipe(blank(known), replace(ask.recipe, target=ask.targets[0]))
     check_refits(job, known, [plan], ask.refit)

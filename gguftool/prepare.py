@@ -137,7 +137,7 @@ def opened(job: Job, recipes: Sequence[Recipe], refit: str = "") -> Calibration:
     Args:
         recipes: what is planned later. refit: how all of these are refitted, as `pipeline.build` takes it.
     """
-    check_methods(job, [recipe.method for recipe in recipes])
+    check_methods(job, [recipe.method for recipe in recipes], refit)
     found = _opened_gguf(job) if is_gguf(job.model) else _opened_checkpoint(job)
     stats = blank(found)
     check_refits(job, found, [make_plan(stats, recipe) for recipe in recipes], refit)
@@ -149,9 +149,9 @@ def blank(calibration: Calibration) -> CalibrationStats:
     return CalibrationStats.blank(calibration.facts, len(calibration.domains), obs=calibration.obs)
 
 
-def check_methods(job: Job, methods: Sequence[str]) -> None:
+def check_methods(job: Job, methods: Sequence[str], refit: str = "") -> None:
     """Raises GgufToolError for a method that is none, or is not for the model or the device, and for such a device."""
-    solves = any(method(name).refitted for name in methods)
+    solves = any([method(name).refitted for name in methods]) or bool(refit)
     if not is_gguf(job.model):
         usable_device(job.device, solves=solves)
         return
