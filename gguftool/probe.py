@@ -79,7 +79,7 @@ def _measure(
     todo = found.missing
     groups = [todo[start : start + how.at_once] for start in range(0, len(todo), how.at_once)]
     if groups:
-        peak = _peak(how, plan_of, groups)
+        peak = _peak(how, plan_of, groups, out)
         check_space(out, peak)
         say(f"{len(todo)} layers, at most {len(groups[0])} files at a time: {peak / 1e9:.3f} GB of disk beside {out}")
     for group in groups:
@@ -107,12 +107,12 @@ def _resume(partial: Path, conditions: Conditions, say: Callable[[str], None]) -
     return Sensitivity(conditions)
 
 
-def _peak(how: Probe, plan_of: LayerPlans, groups: list[tuple[int, ...]]) -> int:
+def _peak(how: Probe, plan_of: LayerPlans, groups: list[tuple[int, ...]], out: Path) -> int:
     """Most bytes that the files of one group take."""
 
     def size(layer: int) -> int:
         plan, _ = plan_of(layer)
-        return prune(how.base, plan, Path(), ggml=how.ggml, dry_run=True).file_bytes
+        return prune(how.base, plan, out, ggml=how.ggml, dry_run=True).file_bytes
 
     return max(sum(size(layer) for layer in group) for group in groups)
 
