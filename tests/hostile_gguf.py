@@ -124,6 +124,16 @@ def _more(name: str, *ne: int, kind: str = "F32") -> Callable[[dict[str, KeyValu
     return change
 
 
+def _moved(name: str, new: str) -> Callable[[dict[str, KeyValue], Tensors], None]:
+    """A second tensor as sound as the first one, under another name."""
+
+    def change(_entries: dict[str, KeyValue], tensors: Tensors) -> None:
+        spec, raw = tensors[name]
+        tensors[new] = TensorSpec(new, spec.ne, spec.type), raw
+
+    return change
+
+
 def _value(name: str, value: float) -> Callable[[dict[str, KeyValue], Tensors], None]:
     def change(_entries: dict[str, KeyValue], tensors: Tensors) -> None:
         spec, raw = tensors[name]
@@ -132,6 +142,13 @@ def _value(name: str, value: float) -> Callable[[dict[str, KeyValue], Tensors], 
         tensors[name] = spec, floats.view(np.uint8)
 
     return change
+
+
+def _tiers_more(_entries: dict[str, KeyValue], tensors: Tensors) -> None:
+    """Layer 0's map with a fourth tier that nobody is in."""
+    spec, raw = tensors[MAP]
+    flat = np.concatenate([raw.reshape(-1).view(np.int32), np.full(N_EXPERT, -1, np.int32)])
+    tensors[MAP] = TensorSpec(MAP, (N_EXPERT, 4), spec.type), flat.view(np.uint8)
 
 
 # Changes of a sound tiered file that make it one that llama.cpp refuses too: experts, their map and their counts.
@@ -147,14 +164,14 @@ STRUCTURE: dict[str, Callable[[dict[str, KeyValue], Tensors], None]] = {
     "a tier map of half the width": _shape(MAP, 3, 3),
     "a tier map of 3 dimensions": _shape(MAP, N_EXPERT, 3, 2),
     "a tier map of fewer tiers": _shape(MAP, N_EXPERT, 2),
-    "a tier map of more tiers": _shape(MAP, N_EXPERT, 4),
+    "a tier map of more tiers": _tiers_more,
     "a tier map of more experts": _shape(MAP, N_EXPERT + 1, 3),
     "a tier map without tiers": _without(*(f"blk.0.ffn_{r}_exps.{t}.weight" for r in ("gate", "up", "down") for t in (0, 1, 2))),
     "tiers without a map": _without(MAP),
     "a tier's up missing": _without(UP),
     "a tier's down missing": _without(DOWN),
     "a tier's gate missing": _without("blk.0.ffn_gate_exps.2.weight"),
-    "a map of a layer that is not there": _more("blk.7.ffn_exps_tier.weight", N_EXPERT, 3, kind="I32"),
+    "a map of a layer that is not there": _moved(MAP, "blk.7.ffn_exps_tier.weight"),
     "a tier too many": _more("blk.0.ffn_up_exps.3.weight", N_EMBD, 8, 1),
     "a stock stack beside the tiers": _more("blk.0.ffn_up_exps.weight", N_EMBD, 32, N_EXPERT),
     "up of another width": _shape(UP, N_EMBD, 8, 3),
@@ -200,7 +217,7 @@ def write(name: str, tiered: Path, out: Path) -> Path:
     return rebuild(tiered, out, (STRUCTURE | STRICTER)[name])
 
 
-# What the refusal of a header says: a later guard may refuse the file too, but not with these words.
+# What a refusal says: a later guard may refuse the file too, but not with these words.
 SAYS = {
     "version 1": "version 1;", "version 99": "version 99;", "version 0": "version 0;", "big-endian": "big-endian",
     "2^60 tensors": "claims 1152921504606846976 tensors", "2^64 - 1 keys": "18446744073709551615 keys",
@@ -221,8 +238,35 @@ SAYS = {
     "2^32 - 1 dimensions": "has 4294967295 dimensions", "a dimension of 0": "impossible number",
     "a dimension of 2^63": "impossible number", "dimensions whose product overflows": "impossible number",
     "dimensions whose product overflows to 8": "impossible number", "bytes that overflow": "outside the file",
-    "type 99": "type 99", "a type that llama.cpp has given up": "type 4", "half a block": "do not divide",
+    "type 99": "type 99, which", "a type that llama.cpp has given up": "type 4, which", "half a block": "do not divide",
     "an offset of 2^64 - 32": "is at offset 18446744073709551584", "an offset that is not aligned": "is at offset 4 ",
     "a gap between tensors": "is at offset 64 ", "tensors that overlap": "is at offset 0 ",
     "a tensor behind the end": "outside the file", "a name that sends codes to the terminal": "\\x1b[2J",
+    "an expert in no tier, its place empty": "the indices of tier 0 are not 0 to 0",
+    "an expert in two tiers": "an expert is in two tiers", "an index used twice": "the indices of tier 0 are not 0 to 1",
+    "an index beyond its tier": "the indices of tier 0", "an index of 2^31 - 1": "the indices of tier 0",
+    "an index of -2": "the indices of tier 0", "an index of -2^31": "the indices of tier 0",
+    "a tier map of floats": "is F32 (6, 3), not I32", "a tier map of 3 dimensions": "is I32 (6, 3, 2), not I32",
+    "a tier map of fewer tiers": "ffn_gate_exps.2.weight: left over",
+    "a tier map without tiers": "blk.0.ffn_down_exps.0.weight is missing",
+    "tiers without a map": "blk.0.ffn_down_exps.weight is missing", "a tier's up missing": f"{UP} is missing",
+    "a tier's down missing": f"{DOWN} is missing", "a tier's gate missing": "blk.0.ffn_gate_exps.2.weight is missing",
+    "a tier too many": "ffn_up_exps.3.weight: left over",
+    "a stock stack beside the tiers": "ffn_up_exps.weight: left over",
+    "up of another width": f"{UP} is (32, 8, 3)", "up of another length": f"{UP} is (16, 16, 3)",
+    "up of other experts": f"{UP} is (32, 16, 2)", "down of another length": f"{DOWN} is (16, 16, 3)",
+    "down of other experts": f"{DOWN} holds 2 experts, its map 3",
+    "up without experts' dimension": f"{UP} is (32, 48, 1)", "a router of other experts": f"{ROUTER} has 5 rows for 6",
+    "a router of another length": f"{ROUTER} reads 16 numbers", "the router missing": "the router, is missing",
+    "fewer experts in all": "layer 0: 6 experts, the metadata says 5", "no experts in all": "says 2 of 0 experts are used",
+    "more experts used than there are": "says 7 of 6 experts are used",
+    "groups that do not divide": "says 0 of 4 groups of 6 experts", "groups of one expert": "says 0 of 6 groups of 6 experts",
+    "more layers than there are": "says 3 blocks, and 2 have tensors",
+    "2^32 - 1 layers": "says 4294967295 blocks, and 2 have", "no layers": "says 0 blocks, and 2 have tensors",
+    "an embedding of another length": f"{ROUTER} reads 32 numbers, the model has 16",
+    "the number of layers as an array": "is an array of 2", "the number of experts as text": "is a str",
+    "a negative number of experts": "is of type int32, not uint32", "one shard of three": "one shard of a split model",
+    "NaN in an expert": f"{UP}: holds values", "Inf in an expert": f"{DOWN}: holds values",
+    "-Inf in the embedding": "token_embd.weight: holds values", "NaN in a norm": "output_norm.weight: holds values",
+    "pruned by a later gguftool": "file version 9; this one reads 1", "pruned, and no word of how": "no gguftool.n_expert",
 }  # fmt: skip

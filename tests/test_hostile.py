@@ -214,6 +214,48 @@ PLANS: dict[str, Callable[[dict], object]] = {
     "a tensor twice": lambda plan: (_tensor()(plan), _tensor()(plan)),
     "a dataset that is no pair": _more(dataset=[["a"]]),
     "a note that is a number": _more(notes=[1]),
+    "no expert used": _more(n_expert_used=0),
+    "neurons of another model": lambda plan: (
+        plan.update(n_ff_exp=40),
+        [row.update(width=40) for layer in plan["layers"] for row in layer["experts"] if row["neurons"] == "all"],
+        [
+            row.update(neurons=row["neurons"] + "00")
+            for layer in plan["layers"]
+            for row in layer["experts"]
+            if row["neurons"] not in ("all", "none")
+        ],
+    ),
+    "no neuron in a layer": lambda plan: [row.update(width=0, neurons="none") for row in plan["layers"][0]["experts"]],
+}
+# What a refusal says where a later guard would refuse the plan too, but not with these words.
+PLANS_SAY = {
+    "a name twice": "is there twice",
+    "NaN": "no number of JSON",
+    "nested 100000 deep": "nested too deeply",
+    "another version": "plan version 9, this gguftool reads 1",
+    "no layers": "the plan has no layers",
+    "a layer twice": "the plan has layer 0 twice",
+    "a layer of another model": "the plan has no layer 1; it was made for another model",
+    "a layer of -1": "layer: -1 is no whole number",
+    "a layer of 2^80": "layer: 1208925819614629174706176 is no whole number",
+    "2^40 neurons": "is no whole number from 1 to 1048576",
+    "-1 neurons": "n_ff_exp: -1 is no whole number",
+    "2^50 experts": "is no whole number from 1 to 65536",
+    "experts of another model": "has 6 experts, the plan 8",
+    "true for experts": "n_expert: True is no whole number",
+    "more used than kept": "6 experts would remain but 7 are routed per token",
+    "fewer used than by the model": "has expert_used_count 2, the plan 1",
+    "no expert used": "n_expert_used: 0 is no whole number from 1 to 65536",
+    "neurons of another model": "has experts of width 32, the plan 40",
+    "no neuron in a layer": "layer 0: no neuron would remain",
+    "an architecture as a number": "gguf_arch: 4 is no string",
+    "half a surrogate pair": "surrogates not allowed",
+    "an expert twice": "are not ascending ids below 6",
+    "an expert that is not there": "are not ascending ids below 6",
+    "an expert of -1": "expert: -1 is no whole number",
+    "an expert as text": "expert: 1 is no whole number",
+    "another width than the mask": "width 3, mask of 16",
+    "a mask that is too long": "a mask of 5 bytes for 32 neurons",
 }
 PLAN_TEXTS = {
     "empty": b"",
@@ -239,7 +281,7 @@ def test_plan(name, sound, tmp_path, monkeypatch, capsys):
         bad.write_bytes(PLAN_TEXTS[name])
     command = ["prune", sound / "base.gguf", "--plan", bad, "-o", "OUT/x.gguf"]
     said = refuses(name, command, tmp_path, monkeypatch, capsys)
-    assert {"a name twice": "is there twice", "NaN": "no number of JSON"}.get(name, "") in said
+    assert PLANS_SAY.get(name, "") in said
 
 
 def _facts(**values):
@@ -284,6 +326,22 @@ STATS: dict[str, Callable[[dict], object]] = {
     "a window of -1": _domain(windows=[-1]),
     "tokens in a window as text": lambda facts: facts.update(n_ctx="x"),
     "no tokens in a window": lambda facts: facts.update(n_ctx=0),
+    "tokens of the matrices as text": lambda facts: facts.update(linear_tokens="x"),
+    "a model's name as a number": _facts(name=3),
+    "query heads as text": _facts(n_gqa="2"),
+    "endings of names as numbers": _facts(tied=[1]),
+    "pruned as text": _facts(pruned="yes"),
+    "a text's name as a number": _domain(name=3),
+    "a limit of no documents": _domain(limit=0),
+}
+# What a refusal says where a later guard would refuse the stats too, but not with these words.
+STATS_SAY = {
+    "other experts": "'count' has shape (1, 2, 6), not (1, 2, 5)",
+    "-1 tokens": "a domain's tokens: -1 is no whole number",
+    "tokens as text": "a domain's tokens: 999",
+    "a text without a name": "'name'",
+    "fewer than no tokens": "fewer than 0 tokens of an expert",
+    "a sum missing": "the stats lack 'proj'",
 }
 
 
@@ -393,7 +451,7 @@ def test_stats(name, sound, tmp_path, monkeypatch, capsys):
         ["stats", "show", bad],
         ["stats", "merge", bad, bad, "-o", "OUT/x"],
     ):
-        refuses(name, command, tmp_path, monkeypatch, capsys)
+        assert STATS_SAY.get(name, "") in refuses(name, command, tmp_path, monkeypatch, capsys)
 
 
 WEIGHTS: dict[str, Callable[[dict], object]] = {
@@ -451,22 +509,26 @@ LAYERS: dict[str, Callable[[dict], object]] = {
     "model layers that are a number": _more(moe_layers=1),
     "a ratio as a list": _more(ratio=[1]),
 }
+LAYERS_SAY = {"a cost below 0": "are not costs of 0 or more", "a cost of 1e400": "are not costs of 0 or more"}
 
 
-@pytest.mark.parametrize("name", [*LAYERS, *PLAN_TEXTS, "NaN costs"])
+@pytest.mark.parametrize("name", [*LAYERS, *PLAN_TEXTS, "NaN costs", "a cost of 1e400"])
 def test_layers(name, sound, tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad.json"
     if name in PLAN_TEXTS:
         bad.write_bytes(PLAN_TEXTS[name])
+    elif name == "a cost of 1e400":  # which JSON has, and which is read as infinite
+        bad.write_text((sound / "layers.json").read_text().replace('"kld": 0.2', '"kld": 1e400'))
     else:
         edited(sound / "layers.json", bad, LAYERS.get(name, _cost(kld=float("nan"))))
-    refuses(
+    said = refuses(
         name,
         ["plan", sound / "stats.safetensors", "--ratio", "0.5", "--layers", bad, "-o", "OUT/x"],
         tmp_path,
         monkeypatch,
         capsys,
     )
+    assert LAYERS_SAY.get(name, "") in said
 
 
 TEXTS: dict[str, tuple[str, bytes]] = {
@@ -492,6 +554,16 @@ TEXTS: dict[str, tuple[str, bytes]] = {
     "no packed text": ("t.txt.gz", b"plain text"),
     "a packed text of 1000 times its size": ("t.txt.gz", gzip.compress(b"a" * (80 << 20))),
 }
+# What a refusal says where a later guard would refuse the text too, but not with these words.
+TEXTS_SAY = {
+    "an empty text": "the file is empty",
+    "blanks": "the file is empty",
+    "binary": "not text but binary",
+    "a text that is a number": "is no string but int",
+    "half a surrogate pair": "holds half of a surrogate pair",
+    "messages that are no list": "is no list of messages",
+    "an empty array": "the array is empty",
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -499,7 +571,7 @@ def test_text(name, sound, tmp_path, monkeypatch, capsys):
     bad = tmp_path / TEXTS[name][0]
     bad.write_bytes(TEXTS[name][1])
     command = ["calibrate", sound / "model", "--data", bad, "--ctx", "16", "-o", "OUT/x"]
-    refuses(name, command, tmp_path, monkeypatch, capsys)
+    assert TEXTS_SAY.get(name, "") in refuses(name, command, tmp_path, monkeypatch, capsys)
 
 
 def _config(**values):
@@ -633,6 +705,10 @@ CHECKPOINTS_SAY = {
     "no neurons": "moe_intermediate_size = 0, not a count",
     "no tokens": "vocab_size = 0, not a count",
     "no layers": "num_hidden_layers = 0, not a count",
+    "no shard": "no model*.safetensors",
+    "an index of nothing": "no model*.safetensors",
+    "a shard that is a link to itself": "damaged safetensors header",
+    "two shards that are links to each other": "damaged safetensors header",
 }
 
 

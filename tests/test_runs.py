@@ -24,7 +24,7 @@ from gguftool.errors import GgufToolError
 from gguftool.extras import Extras
 from gguftool.journal import Journal
 from gguftool.recipe import Recipe
-from gguftool.recipe_file import load
+from gguftool.recipe_file import load, save
 from gguftool.report_files import load as load_report
 from gguftool.runs import Ears, carry_out, job_of
 from gguftool.tensors import TensorSpec
@@ -177,6 +177,10 @@ def test_a_folder_without_a_run_is_none(tmp_path, place):
     assert "gguftool compress" in typed("verify", tmp_path, code=1)
     (tmp_path / "verified.json").write_text("{}")
     assert "not a record" in typed("verify", tmp_path, code=1)
+    (tmp_path / "verified.json").write_text(
+        '{"format": "gguftool.verified", "version": 1, "files": [], "failures": []}'
+    )
+    assert "verified.json: damaged" in typed("verify", tmp_path, code=1)
     (place / "out.verify").mkdir()
     (place / "out.verify" / "mine.txt").write_text("dear")
     assert "--scratch" in typed("verify", place / "out", code=1)
@@ -210,6 +214,31 @@ def test_a_file_that_another_command_makes_anew_is_damage_of_nobody(place, tmp_p
     before = (copy / "report.json").read_bytes()
     work.step("base.gguf", {"model": "another"}, lambda path: path.write_bytes(b"x"))
     assert (copy / "report.json").read_bytes() == before and not (copy / "verified.json").exists()
+
+
+def test_what_cannot_be_made_again_says_why(place, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(place / "out", copy)
+    recipe = load(copy / "recipe.toml")
+    (place / "eval.txt").rename(place / "elsewhere.txt")
+    try:
+        assert "eval.txt is not what it was: it is missing" in typed("verify", copy, code=1)
+    finally:
+        (place / "elsewhere.txt").rename(place / "eval.txt")
+    save(replace(recipe, made=replace(recipe.made, model="0" * 64)), copy / "recipe.toml", "by hand")
+    assert "is not the model that it was: " in typed("verify", copy, code=1)
+    save(replace(recipe, made=None), copy / "recipe.toml", "by hand")
+    assert "has no table [made], so a run did not leave it" in typed("verify", copy, code=1)
+    assert not (tmp_path / "out.verify").exists()
+
+
+def test_what_was_made_again_stays_where_it_was_asked_for_or_differs(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "replay", lambda folder, scratch, _: scratch.mkdir() or [])
+    assert "byte for byte the same" in typed("verify", place / "out", "--scratch", tmp_path / "again")
+    assert (tmp_path / "again").is_dir()
+    monkeypatch.setattr(runs, "replay", lambda folder, scratch, _: scratch.mkdir() or ["a: differs"])
+    assert "1 difference: a: differs" in typed("verify", place / "out", code=1)
+    (place / "out.verify").rmdir()
 
 
 def test_the_folder_that_one_stands_in_can_be_verified(place, monkeypatch):
@@ -363,6 +392,23 @@ def test_a_model_farther_off_than_its_plan_explains_is_a_failure(made, place, mo
     assert (place / "out" / PRUNED).is_file()
     monkeypatch.undo()
     assert assessed(made).failures == () and Verified.load(place / "out").failures == ()
+
+
+def test_the_calibration_texts_that_a_plan_is_held_against(made, monkeypatch):
+    """All models on every text; but a text of one window, which read as one text may not fill it, is left out."""
+    job, produced = made
+    seen = []
+    monkeypatch.setattr(pipeline, "failures", lambda texts, expected, _: seen.append((texts, expected)) or [])
+    pipeline.far_from_plan(job, produced)
+    ((texts, expected),) = seen
+    assert [(one.label, one.noise is None) for one in expected] == [
+        ("global 40 % Q8_0", False),
+        ("unpruned Q8_0", True),
+    ]
+    assert list(texts) == ["calib.txt (calibration)"] and [len(rows) for rows in texts.values()] == [2]
+    short = [(domain, windows[:1]) for domain, windows in produced.source.domains]
+    monkeypatch.setattr(pipeline, "_compared", lambda *_: pytest.fail("compared"))
+    assert pipeline.far_from_plan(job, replace(produced, source=replace(produced.source, domains=short))) == []
 
 
 def test_backends_that_disagree_are_a_failure(made, place, monkeypatch):

@@ -142,9 +142,10 @@ def test_whatever_else_asks_for_code_or_a_pickle_is_refused(trapped, tmp_path):
 from gguftool.hf_to_gguf import forbid_code
 forbid_code()
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
+for auto in (AutoConfig, AutoTokenizer):
+    auto.from_pretrained({str(folder)!r}, trust_remote_code=True)
 for wrong in (
     lambda: get_class_from_dynamic_module("trap.Tokenizer", {str(folder)!r}),
     lambda: torch.load({str(tmp_path / "weights.bin")!r}),
