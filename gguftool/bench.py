@@ -5,7 +5,8 @@ round asks all of them for the same tokens, in a random order. What else runs on
 host, only ever makes a round slower, one in five or more by a tenth or more; so of everything that is timed, each generated
 token and each prompt, a process's best round counts. Where it happened to get its memory makes one of two equal processes
 slower for all of its life; so the processes are started several times, most of them twice each time, and weights are read
-into huge pages unless --mmap says otherwise.
+into huge pages unless --mmap says otherwise. Threads keep to their cores: those that change them lose some per cent, now more,
+now less.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ Progress = Callable[[int, int, str], None]
 
 PROMPT_TOKENS = 512
 GENERATED_TOKENS = 64
+# How often in each round: a generation takes a third of a prompt's time, and what is short finds its quiet moment sooner.
+TURNS = {"generate": 3, "prompt": 1}
 # Those whose ratios are near 1: speeds are means over two processes, and one stock process against the other is the control.
 TWICE = ("stock", "unpatched", "split")
 # What has to be reached; a ratio of 1 is the goal everywhere.
@@ -141,6 +144,7 @@ class Worker:
             env={
                 **os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000",
                 "GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(huge_pages)}",
+                "OMP_PROC_BIND": "true", "OMP_PLACES": "cores",
             },
         )  # fmt: skip
         self._answer()
@@ -210,13 +214,13 @@ def check_names(models: Sequence[str], types: Sequence[str]) -> None:
 
 def measure(
     model: str, type_name: str, folder: Path, patched: Runtime, plain: Runtime | None, options: Options, *,
-    starts: int = 4, rounds: int = 6, n_layer: int = 0, progress: Progress | None = None,
+    starts: int = 4, rounds: int = 4, n_layer: int = 0, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Measures one shape in one type. The files (a few GB) are made in `folder` and removed.
 
     Args:
         starts: how often all processes are started anew; MOST times as often where a ratio is not `settled` by then.
-        rounds: how often each of them is asked, in turns, after a first round that is not counted.
+        rounds: how often each of them is asked, in turns, after a first round that is not counted; see TURNS.
         n_layer: layers of the files; 0 picks by size.
         plain: a runtime without patches, to compare the stock file with; None leaves that out.
         progress: called with (done, total, text).
@@ -299,7 +303,7 @@ def _start(jobs: Sequence[tuple[str, Runtime, Path]], options: Options, rounds: 
         times: list[dict[str, list[list[float]]]] = [{kind: [] for kind in _WORK} for _ in workers]
         for index in range(-1, rounds):
             for kind, n in _WORK.items():
-                for place in rng.permutation(len(workers)):
+                for place in (place for _ in range(TURNS[kind]) for place in rng.permutation(len(workers))):
                     taken = workers[place][1].parts(kind, n, seed)
                     if index >= 0:
                         times[place][kind].append(taken)

@@ -47,10 +47,10 @@ def bench() -> None:
 )
 @click.option(
     "--rounds",
-    default=6,
+    default=4,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="How often each of them is asked, in turns; the best counts.",
+    help="How often each of them is asked, in turns, for a prompt and three generations; the best counts.",
 )
 @click.option(
     "--layers",

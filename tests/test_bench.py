@@ -122,7 +122,8 @@ def test_each_part_of_the_work_counts_by_its_best_round_of_the_same_tokens(monke
         """Two parts, the first quickest in the second round and the other in the third; the first round does not count."""
 
         def __init__(self, *_):
-            self.taken = {kind: iter([[0.5, 0.5], [3.0, 3.0], [1.0, 4.0], [2.0, 2.0]]) for kind in bench._WORK}
+            taken = [[0.5, 0.5], [3.0, 3.0], [1.0, 4.0], [2.0, 2.0]]
+            self.taken = {kind: iter([one for one in taken for _ in range(n)]) for kind, n in bench.TURNS.items()}
 
         def ask(self, *_, **__):
             return {"logits": [0.0]}
@@ -137,7 +138,7 @@ def test_each_part_of_the_work_counts_by_its_best_round_of_the_same_tokens(monke
         "stock": {kind: [3.0, 3.0] for kind in bench._WORK},
         "pruned": {kind: [3.0] for kind in bench._WORK},
     }
-    assert set(asked) == {(kind, n, 7) for kind, n in bench._WORK.items()} and len(asked) == 2 * 3 * 4
+    assert set(asked) == {(kind, n, 7) for kind, n in bench._WORK.items()} and len(asked) == (3 + 1) * 3 * 4
 
 
 @pytest.mark.parametrize(("noise", "count"), [((1.0, 1.0), 2), ((0.9, 1.1), 4)])
