@@ -249,7 +249,7 @@ PLANS_SAY = {
     "neurons of another model": "has experts of width 32, the plan 40",
     "no neuron in a layer": "layer 0: no neuron would remain",
     "an architecture as a number": "gguf_arch: 4 is no string",
-    "half a surrogate pair": "surrogates not allowed",
+    "half a surrogate pair": "the plan lacks or garbles 'utf-8' codec",
     "an expert twice": "are not ascending ids below 6",
     "an expert that is not there": "are not ascending ids below 6",
     "an expert of -1": "expert: -1 is no whole number",
