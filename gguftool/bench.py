@@ -1,12 +1,12 @@
 """How fast the patched runtime is: ratios of interleaved runs at the layer sizes of real models.
 
 Absolute times drift with the machine's clock and load; so every file has a process of its own that stays loaded, and each
-round asks all of them for the same tokens, in a random order. What else runs on the machine, or beside it on the same
-host, only ever makes a round slower, one in five or more by a tenth or more; so of everything that is timed, each generated
-token and each prompt, a process's best round counts. Where it happened to get its memory makes one of two equal processes
-slower for all of its life; so the processes are started several times, most of them twice each time, and weights are read
-into huge pages unless --mmap says otherwise. Threads keep to their cores: those that change them lose some per cent, now more,
-now less.
+round asks all of them for the same tokens, in a random order, within seconds. What is timed, each generated token and each
+prompt, is divided by the median of all processes in that round, and of these ratios the median over the rounds counts: neither a
+machine that gets slower nor a round in which something else ran moves it. Where it happened to get its memory makes one of two
+equal processes slower for all of its life; so the processes are started several times, most of them twice each time, and weights
+are read into huge pages unless --mmap says otherwise. Threads keep to their cores: those that change them lose some per cent, now
+more, now less.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Progress = Callable[[int, int, str], None]
 
 PROMPT_TOKENS = 512
 GENERATED_TOKENS = 64
-# How often in each round: a generation takes a third of a prompt's time, and what is short finds its quiet moment sooner.
+# How often in each round: a generation takes a third of a prompt's time.
 TURNS = {"generate": 3, "prompt": 1}
 # Those whose ratios are near 1: speeds are means over two processes, and one stock process against the other is the control.
 TWICE = ("stock", "unpatched", "split")
@@ -45,7 +45,7 @@ BARS = {
 }  # fmt: skip
 # How many standard errors a ratio has to be away from its bar to be clear of it; from an error of PRECISION on it need not.
 SURE = 2
-PRECISION = 0.005
+PRECISION = 0.003
 # Starts go on to so many times what was asked for.
 MOST = 2
 
@@ -284,7 +284,7 @@ def layers_for(shape: ModelShape, type_name: str) -> int:
 
 @dataclass(frozen=True)
 class _Start:
-    """`seconds[name][kind]`: for each process of that name the sum over the parts of its work, each in its best round."""
+    """`seconds[name][kind]`: of each process of that name, see _typical."""
 
     seconds: dict[str, dict[str, list[float]]]
     same_logits: bool
@@ -308,10 +308,17 @@ def _start(jobs: Sequence[tuple[str, Runtime, Path]], options: Options, rounds: 
                     if index >= 0:
                         times[place][kind].append(taken)
     seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in _WORK} for name, _ in workers}
-    for (name, _), kinds in zip(workers, times, strict=True):
-        for kind, values in kinds.items():
-            seconds[name][kind].append(float(np.min(values, axis=0).sum()))
+    for kind in _WORK:
+        for (name, _), value in zip(workers, _typical(np.array([each[kind] for each in times])), strict=True):
+            seconds[name][kind].append(float(value))
     return _Start(seconds, all(one == logits["stock"] for one in logits.values()))
+
+
+def _typical(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Seconds of each process for all parts of its work, of times [processes, rounds, parts]; see above what counts."""
+    together = np.median(times, axis=0)
+    relative: NDArray[np.float64] = np.median(times / together, axis=1)
+    return relative @ np.median(together, axis=0)
 
 
 def _seconds(found: Sequence[_Start], name: str, kind: str) -> NDArray[np.float64]:

@@ -50,7 +50,7 @@ def bench() -> None:
     default=4,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="How often each of them is asked, in turns, for a prompt and three generations; the best counts.",
+    help="How often each of them is asked, in turns, for a prompt and three generations; medians count.",
 )
 @click.option(
     "--layers",

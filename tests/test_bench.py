@@ -115,30 +115,39 @@ def test_starts_go_on_while_noise_hides_a_bar():
     assert bench._settled(bench._ratios(starts_of(0.999, 1.001)))
 
 
-def test_each_part_of_the_work_counts_by_its_best_round_of_the_same_tokens(monkeypatch):
+def test_every_process_is_asked_for_the_same_tokens_and_the_first_round_does_not_count(monkeypatch):
     asked = []
 
-    class Slowing:
-        """Two parts, the first quickest in the second round and the other in the third; the first round does not count."""
+    class Slow:
+        """The first round takes no time, so that it would show."""
 
         def __init__(self, *_):
-            taken = [[0.5, 0.5], [3.0, 3.0], [1.0, 4.0], [2.0, 2.0]]
-            self.taken = {kind: iter([one for one in taken for _ in range(n)]) for kind, n in bench.TURNS.items()}
+            self.rounds = {kind: 0 for kind in bench._WORK}
 
         def ask(self, *_, **__):
             return {"logits": [0.0]}
 
         def parts(self, kind, n, seed):
             asked.append((kind, n, seed))
-            return next(self.taken[kind])
+            self.rounds[kind] += 1
+            return [1.0, 2.0] if self.rounds[kind] > bench.TURNS[kind] else [0.0, 0.0]
 
-    monkeypatch.setattr(bench, "working", lambda *args: nullcontext(Slowing(*args)))
+    monkeypatch.setattr(bench, "working", lambda *args: nullcontext(Slow(*args)))
     start = bench._start([("stock", None, None), ("pruned", None, None)], bench.Options(), 3, seed=7)
     assert start.seconds == {
         "stock": {kind: [3.0, 3.0] for kind in bench._WORK},
         "pruned": {kind: [3.0] for kind in bench._WORK},
     }
     assert set(asked) == {(kind, n, 7) for kind, n in bench._WORK.items()} and len(asked) == (3 + 1) * 3 * 4
+
+
+def test_what_counts_is_the_time_beside_the_others_in_the_same_round():
+    """By hand: three processes, the last takes twice as long, while the machine gets slower and one round is disturbed."""
+    round_, part = np.array([1.0, 1.0, 3.0]), np.array([1.0, 2.0])
+    times = np.array([1.0, 1.0, 2.0])[:, None, None] * round_[:, None] * part
+    np.testing.assert_allclose(bench._typical(times), [3.0, 3.0, 6.0])
+    times[0, 1] *= 50
+    np.testing.assert_allclose(bench._typical(times)[1:] / bench._typical(times)[0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize(("noise", "count"), [((1.0, 1.0), 2), ((0.9, 1.1), 4)])
