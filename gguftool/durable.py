@@ -216,13 +216,15 @@ def held_handles() -> tuple[int, ...]:
 def _holder(handle: int) -> str:
     """Who holds a lock, by what stands in its file."""
     pid, _, host = os.pread(handle, 300, 0).decode("utf-8", "replace").partition(" ")
-    if not pid.isdigit():
+    if not pid.isdecimal():
         return "another process is writing it"
     if host == socket.gethostname():
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
             return f"process {pid} was writing it and is gone, but a program that it had started still runs"
+        except OverflowError:  # no number of a process
+            return "another process is writing it"
         except PermissionError:
             pass  # somebody else's
     return f"process {pid} on {host} is writing it"

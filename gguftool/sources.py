@@ -122,7 +122,7 @@ def _parse_hub(text: str, weight: float) -> Source:
     is_folder = bool(place) and Path(place).is_dir()
     if not is_folder and not _HUB_NAME.fullmatch(place):
         raise GgufToolError(f"--data {HUB}{text}: write hf:OWNER/NAME[/CONFIG][:SPLIT[:FIELD]][:LIMIT]")
-    split = parts.pop(0) if parts and not parts[0].isdigit() else ""
+    split = parts.pop(0) if parts and not parts[0].isdecimal() else ""
     field, limit = _field_and_limit(HUB + text, parts)
     config = None
     if not is_folder and place.count("/") == 2:
@@ -147,12 +147,12 @@ def _split(text: str, most: int) -> tuple[str, list[str]]:
 
 def _is_part(pieces: Sequence[str], index: int) -> bool:
     piece, drive = pieces[index], index == 1 and len(pieces[0]) == 1
-    return not drive and (not piece or piece.isdigit() or bool(_FIELD.fullmatch(piece)))
+    return not drive and (not piece or piece.isdecimal() or bool(_FIELD.fullmatch(piece)))
 
 
 def _field_and_limit(text: str, parts: list[str]) -> tuple[str | None, int | None]:
     """[FIELD][:LIMIT]; either may be left out, and FIELD be empty."""
-    limit = int(parts.pop()) if parts and parts[-1].isdigit() else None
-    if len(parts) > 1 or (parts and parts[0].isdigit()):
+    limit = int(parts.pop()) if parts and parts[-1].isdecimal() else None
+    if len(parts) > 1 or (parts and parts[0].isdecimal()):
         raise GgufToolError(f"--data {text}: {':'.join(parts)!r} is not [FIELD][:LIMIT], as messages:2000")
     return (parts[0] or None if parts else None), limit

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -24,6 +26,7 @@ from gguf_models import write_random
 from gguftool import (
     durable,
     gguf_calibrate,
+    gguf_file,
     inspection,
     prepare,
     probe,
@@ -655,6 +658,16 @@ def test_a_block_begins_without_the_partial_file_of_a_run_that_was_killed(tmp_pa
     assert (tmp_path / "out").read_text() == "whole" and os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_what_numpy_only_counts_the_system_is_asked_about():
+    """numpy says how many of the bytes it could write, and not why; then it would be no full disk."""
+    with open("/dev/full", "wb", buffering=0) as full:
+        writer = SimpleNamespace(write_tensor_data=lambda data: data.tofile(full), fout=[full])
+        with pytest.raises(OSError, match="No space left") as error:
+            gguf_file._write_data(writer, np.zeros(1 << 20, dtype=np.uint8))
+    assert error.value.errno == errno.ENOSPC
+
+
 def test_an_input_that_may_not_be_read_is_not_said_of_the_output(tmp_path):
     with pytest.raises(PermissionError), durable.replacing(tmp_path / "out"):
         raise PermissionError(13, "Permission denied", str(tmp_path / "input"))
@@ -743,9 +756,23 @@ HOLDER = """
 import fcntl, sys
 with open(sys.argv[1], "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
+    print(*sys.argv[2:], end="", file=file, flush=True)
     print("here", flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize("text", ["", "\u00b2 host", f"{10**40} {socket.gethostname()}"])
+def test_a_lock_is_held_whatever_stands_in_it(text, tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".out.lock"), text]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "here\n"
+        with (
+            pytest.raises(GgufToolError, match="out: another process is writing it"),
+            durable.replacing(tmp_path / "out"),
+        ):
+            pass
+        other.communicate("")
 
 
 def test_a_second_measurement_of_layers_is_sent_away(tmp_path):

@@ -17,6 +17,7 @@ from gguftool.sources import Source, as_source, files, parse_source
         ("a.jsonl:messages", Source("a.jsonl", "messages")),
         ("a.jsonl:messages:2000", Source("a.jsonl", "messages", 2000)),
         ("a.jsonl:2000", Source("a.jsonl", None, 2000)),
+        ("a.jsonl:\u00b2", Source("a.jsonl", "\u00b2")),
         ("a.jsonl::2000", Source("a.jsonl", None, 2000)),
         ("a.jsonl@2", Source("a.jsonl", weight=2)),
         ("a.jsonl:messages:2000@0.5", Source("a.jsonl", "messages", 2000, 0.5)),
