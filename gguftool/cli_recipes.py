@@ -83,6 +83,8 @@ def _again(folder: Path, scratch: Path | None, terminal: Terminal) -> list[str]:
         found = replay(folder, place, Ears(progress, terminal.say))
     if not found and scratch is None:
         shutil.rmtree(place)
+    if found:
+        terminal.say(f"note: what was made again stays in {place}; the run's own command puts right what was damaged")
     made = load(folder / NAME).made
     for line in other_conditions(made) if found and made else ():
         terminal.say(f"note: {line}")

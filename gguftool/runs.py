@@ -192,7 +192,7 @@ def replay(folder: Path, scratch: Path, ears: Ears = Ears()) -> list[str]:
             made = produce_found(job, scratch, ask, choice, ears.say)
     finally:
         torch.set_num_threads(now)
-    found = differences(was.files, hashes(scratch, made.files, ears.progress))
+    found = differences(was.files, hashes(scratch, made.files, ears.progress), "made again is")
     return found + differences(
         was.files, hashes(folder, [n for n in was.files if (folder / n).is_file()], ears.progress)
     )

@@ -76,6 +76,14 @@ def unended(folder: Path) -> str:
         return ""
 
 
+def recorded(folder: Path) -> Mapping[str, str]:
+    """sha256 by name of the files that an ended run left in `folder`; nothing where none did, or nobody can read its record."""
+    try:
+        return Verified.load(folder).files
+    except GgufToolError:
+        return {}
+
+
 def not_done(folder: Path, was: Verified) -> list[str]:
     """Why the run that `was` records is not done, a line each: what was found wrong, or where it was stopped behind that."""
     return list(was.failures) or [line for line in [unended(folder)] if line]
@@ -133,14 +141,15 @@ def hashes(folder: Path, names: Iterable[str], progress: Progress | None = None)
     return found
 
 
-def differences(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """A line for every file of `was` that `now` lacks or has otherwise, and for those that `now` has beside."""
+def differences(was: Mapping[str, str], now: Mapping[str, str], how: str = "is") -> list[str]:
+    """A line for every file of `was` that `now` lacks or has otherwise, and for those that `now` has beside. `how`: what
+    brought `now` about, "made again is"."""
     lines = []
     for name, sha in was.items():
         if name not in now:
             lines.append(f"{name}: sha256 was {sha}, and it is missing")
         elif now[name] != sha:
-            lines.append(f"{name}: sha256 was {sha}, and is {now[name]}")
+            lines.append(f"{name}: sha256 was {sha}, and {how} {now[name]}")
     return lines + [f"{name}: was not there, and has sha256 {sha}" for name, sha in now.items() if name not in was]
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from . import __version__
 from .durable import flush, hold, release, stated, write_text
 from .errors import GgufToolError
-from .verification import disown
+from .verification import disown, recorded, sha256
 
 Say = Callable[[str], None]
 # What happens, with facts: "step" (name, path, state: making, made or there), "stage" (name: budget, weigh, measure or
@@ -41,7 +41,7 @@ class Workspace:
 
     `used` are the names of the steps so far, `watch` is told of each. While it lives no other process can open it: a second
     run says that this one is there. A `dry` one writes nothing: its steps only tell what is there already (`missing` is what
-    is not), and give paths at which there may be nothing.
+    is not), and give paths at which there may be nothing. A file that an ended run `recorded` is taken up with those bytes only.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class Workspace:
     used: list[str] = field(default_factory=list)
     dry: bool = False
     missing: list[str] = field(default_factory=list)
+    recorded: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.folder.is_file():
@@ -62,6 +63,7 @@ class Workspace:
                 hold(lock, self.folder)
             # Steps follow each other, and what they make is read between them: the folder is this run's until the run ends.
             weakref.finalize(self, release, lock)
+            self.recorded = dict(recorded(self.folder))
         try:
             found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -79,9 +81,12 @@ class Workspace:
         self.used.append(name)
         key = hashlib.sha256(json.dumps({"gguftool": __version__, **inputs}, sort_keys=True).encode()).hexdigest()
         if path.exists() and self.state.get(name) == key:
-            self.say(f"{name}: already there")
-            self.watch("step", {"name": name, "state": "there", "path": path})
-            return path
+            if name not in self.recorded or sha256(path) == self.recorded[name]:
+                self.say(f"{name}: already there")
+                self.watch("step", {"name": name, "state": "there", "path": path})
+                return path
+            self.say(f"{name}: its bytes are not those that verified.json recorded; making it again")
+            self._remember(name, BEING_MADE)
         if path.exists() and name not in self.state:
             raise GgufToolError(f"{path} exists and was not made by this command; choose another folder or move it")
         if self.dry:
@@ -89,6 +94,7 @@ class Workspace:
             return path
         if path.exists() and self.state[name] != BEING_MADE:
             self.say(f"{name}: was made from other inputs or by another recipe; replacing it")
+        self.recorded.pop(name, None)
         disown(self.folder, name)
         # A run that is killed in between must leave no file under another run's key.
         self._remember(name, BEING_MADE)

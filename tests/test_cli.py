@@ -11,6 +11,7 @@ import pytest
 from gguftool import builtin
 from gguftool.errors import GgufToolError
 from gguftool.gguf_file import GgufFile
+from gguftool.verification import Verified, sha256
 from gguftool.workspace import Workspace
 
 
@@ -227,6 +228,22 @@ def test_a_folder_remembers_what_its_files_were_made_from(tmp_path):
     assert (tmp_path / "mine").read_text() == "dear"
     (tmp_path / "state.json").write_text("[]")
     assert Workspace(tmp_path, said.append).state == {}
+
+
+def test_what_an_ended_run_recorded_is_taken_up_with_the_same_bytes_only(tmp_path):
+    said: list[str] = []
+
+    def step() -> str:
+        return Workspace(tmp_path, said.append).step("f", {"in": 1}, lambda path: path.write_text("whole")).read_text()
+
+    step()
+    record = Verified({"f": sha256(tmp_path / "f")})
+    record.save(tmp_path)
+    assert step() == "whole" and said == ["f: already there"]
+    (tmp_path / "f").write_text("whOle")
+    assert step() == "whole" and "f: its bytes are not those that verified.json recorded" in said[1]
+    (tmp_path / "verified.json").write_text("{")
+    assert step() == "whole" and said[2:] == ["f: already there"], "what nobody can read says nothing of a file"
 
 
 def test_a_wrong_recipe_is_refused_before_the_first_step(checkpoint_dir, tmp_path, runtime):
