@@ -74,8 +74,8 @@ def test_a_missed_bar_is_named():
     assert result.missed() == []
     slow = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.949, 0.01)})
     assert slow.missed() == ["m Q4_K: split_prompt 0.9490 ± 0.0100, the bar is 0.97"]
-    near = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.9699, 0.004)})
-    assert near.missed() == ["m Q4_K: split_prompt 0.9699 ± 0.0040, the bar is 0.97"]
+    near = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.9699, 0.003)})
+    assert near.missed() == ["m Q4_K: split_prompt 0.9699 ± 0.0030, the bar is 0.97"]
     noisy = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.969, 0.03)})
     assert "split_prompt 0.9690 ± 0.0300, the bar is 0.97, and noise hides it" in noisy.missed()[0]
     above = replace(result, ratios=fine | {"split_prompt": bench.Ratio(0.98, 0.03)})
