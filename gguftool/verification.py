@@ -78,10 +78,10 @@ def unended(folder: Path) -> str:
 
 def recorded(folder: Path) -> Mapping[str, str]:
     """sha256 by name of the files that an ended run left in `folder`; nothing where none did, or nobody can read its record."""
-    try:
-        return Verified.load(folder).files
-    except GgufToolError:
-        return {}
+    with suppress(GgufToolError):
+        if (folder / NAME).is_file():
+            return Verified.load(folder).files
+    return {}
 
 
 def not_done(folder: Path, was: Verified) -> list[str]:
@@ -98,10 +98,7 @@ def forget(folder: Path) -> None:
 
 def disown(folder: Path, name: str) -> None:
     """Before the file `name` is made anew: if a run in `folder` has recorded it, the record goes, and its report says why."""
-    try:
-        if not (folder / NAME).is_file() or name not in Verified.load(folder).files:
-            return
-    except GgufToolError:  # a record that nobody can read vouches for nothing
+    if name not in recorded(folder):
         return
     report = None
     with suppress(GgufToolError):  # files may have been taken elsewhere without their report
