@@ -8,7 +8,7 @@ from typing import Any
 
 from .architectures import Architecture, for_model_type
 from .errors import GgufToolError
-from .sources import is_hub_id
+from .sources import check_model, is_hub_id
 from .stored import first_line
 from .strict_json import parse
 
@@ -21,8 +21,9 @@ def checkpoint_directory(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     text = str(path)
+    check_model(path)
     if not is_hub_id(path):
-        raise GgufToolError(f"{path}: no such checkpoint directory, and no hub id of the form owner/name")
+        raise GgufToolError(f"{path}: no such checkpoint directory but a file")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli_options import (
-    FILE,
     data_option,
     device_option,
     dry_run_option,
@@ -19,6 +18,7 @@ from .cli_options import (
     output_options,
     windows_option,
 )
+from .cli_types import FILE, MODEL
 from .sources import Source
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @data_option
 @click.option("-o", "out", type=FILE, required=True, help="Stats to write.")
 @click.option(

@@ -11,7 +11,6 @@ from click.core import ParameterSource
 
 from .cli_fit import show_fit
 from .cli_options import (
-    FILE,
     backend_option,
     data_option_or_recipe,
     device_option,
@@ -28,8 +27,10 @@ from .cli_options import (
     report_options,
     windows_option,
 )
+from .cli_types import FILE, MODEL, TEXT
 from .errors import GgufToolError
-from .recipe_file import FIT_CTX, RunRecipe
+from .recipe_file import FIT_CTX, RunRecipe, find, load
+from .sources import check_model, check_texts
 
 if TYPE_CHECKING:
     from .runs import Step
@@ -47,7 +48,7 @@ def _one_type(_context: click.Context, _param: click.Parameter, given: tuple[str
 
 
 @click.command()
-@click.argument("model", type=FILE, required=False)
+@click.argument("model", type=MODEL, required=False)
 @click.option(
     "--recipe",
     "name",
@@ -55,7 +56,7 @@ def _one_type(_context: click.Context, _param: click.Parameter, given: tuple[str
     help="Take everything from a recipe file, or from a shipped one (`gguftool recipes`). Options given here override it.",
 )
 @data_option_or_recipe
-@click.option("--eval", "eval", type=FILE, multiple=True, metavar="FILE", help="Text to judge by; may be repeated.")
+@click.option("--eval", "eval", type=TEXT, multiple=True, metavar="FILE", help="Text to judge by; may be repeated.")
 @click.option(
     "--quant",
     "quant",
@@ -116,13 +117,13 @@ def compress(
     With --fit it finds ratio and type itself (those of `fit`, or only --quant) and makes the best file that stays below the
     budget, which may be an unpruned one; the report shows what was weighed.
     """
+    # First, because what carries it out takes seconds to load.
+    recipe = overridden(load(find(name)) if name is not None else None, context, options)
     from .extras import Extras
     from .fit_report import goal_here
     from .provenance import command_line
-    from .recipe_file import find, load
     from .runs import Ears, carry_out, outlook
 
-    recipe = overridden(load(find(name)) if name is not None else None, context, options)
     terminal = make_terminal(as_json, quiet)
     extras = Extras(not no_extras, prompts, command_line(sys.argv[1:]))
     if dry_run and recipe.fit is not None:
@@ -170,6 +171,8 @@ def overridden(recipe: RunRecipe | None, context: click.Context, options: dict[s
             continue  # it is what is to be found
         if not getattr(recipe, key) and getattr(recipe, key) != 0:
             raise click.UsageError(f"give {option}, or a --recipe that has it")
+    check_model(str(recipe.model))
+    check_texts([*recipe.data, *recipe.eval])
     return recipe
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .cli_options import FILE, make_terminal, output_options
+from .cli_options import make_terminal, output_options
+from .cli_types import FILE
 from .errors import GgufToolError
 
 

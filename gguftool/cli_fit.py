@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_options import (
-    FILE,
     METHOD_HELP,
     backend_option,
     data_option,
@@ -18,6 +17,7 @@ from .cli_options import (
     pre_tokenizer_option,
     windows_option,
 )
+from .cli_types import FILE, METHOD, MODEL, TEXT
 from .errors import GgufToolError
 from .recipe_file import FIT_CTX, RunRecipe, WrongValue
 from .sources import Source
@@ -30,7 +30,7 @@ _OPTIONS = {"ctx": "--window", "fit_ctx": "--ctx", "memory": "--calibration-memo
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.option(
     "--memory", "budget", metavar="SIZE", required=True,
     help="Weights, KV cache, compute buffers and the process stay below this, as 12GiB or 800MiB.",
@@ -38,14 +38,14 @@ _OPTIONS = {"ctx": "--window", "fit_ctx": "--ctx", "memory": "--calibration-memo
 @click.option("--ctx", default=FIT_CTX, show_default=True, help="Tokens of the context that has to fit too.")
 @data_option
 @click.option(
-    "--eval", "evaluation", type=FILE, multiple=True, required=True,
+    "--eval", "evaluation", type=TEXT, multiple=True, required=True,
     help="Text to choose by, held out; the mean over all of them counts. May be repeated.",
 )  # fmt: skip
 @click.option(
     "--quant", "targets", multiple=True, metavar="TYPE",
     help="Type to choose from. May be repeated.  [default: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K]",
 )  # fmt: skip
-@click.option("--method", default="auto", show_default=True, help=METHOD_HELP["auto"])
+@click.option("--method", type=METHOD, default="auto", show_default=True, help=METHOD_HELP["auto"])
 @click.option(
     "--refit",
     default=None,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_options import FILE, dry_run_option, force_option, make_terminal, output_options, pre_tokenizer_option
+from .cli_options import dry_run_option, force_option, make_terminal, output_options, pre_tokenizer_option
+from .cli_types import FILE, MODEL
 from .errors import GgufToolError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--outtype", default="auto", show_default=True, help="As llama.cpp's converter has it.")
 @pre_tokenizer_option

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_types import METHOD, SOURCE
 from .recipe import SCHEDULE_NAMES
-from .sources import Source, parse_source
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -18,19 +18,6 @@ if TYPE_CHECKING:
     from .runtime import Runtime
     from .terminal import Terminal
 
-FILE = click.Path(path_type=Path)
-
-
-class SourceType(click.ParamType):
-    """A calibration text as `sources.parse_source` reads it."""
-
-    name = "source"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:
-        return value if isinstance(value, Source) else parse_source(value)
-
-
-SOURCE = SourceType()
 AT_LEAST_ONE = click.IntRange(1)
 BACKEND_NAMES = ("auto", "cpu", "cuda", "metal", "vulkan")
 Command = Callable[..., None]
@@ -131,7 +118,7 @@ METHOD_HELP = {
 def recipe_options(method: str) -> Callable[[Command], Command]:
     """What a recipe is made of; `method` is the default."""
     return combined(
-        click.option("--method", default=method, show_default=True, help=METHOD_HELP[method]),
+        click.option("--method", type=METHOD, default=method, show_default=True, help=METHOD_HELP[method]),
         click.option("--ratio", type=float, help="Share of routed-expert parameters that goes."),
         click.option("--keep", type=float, help="Share that stays: 1 - ratio."),
         click.option("--criterion", help="Another criterion than the method's own."),

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .cli_options import FILE, force_option, make_recipe, make_terminal, output_options, recipe_options
+from .cli_options import force_option, make_recipe, make_terminal, output_options, recipe_options
+from .cli_types import FILE
 
 
 @click.command()

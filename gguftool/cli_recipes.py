@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_options import FILE, make_terminal, output_options
+from .cli_options import make_terminal, output_options
+from .cli_types import FILE
 from .errors import GgufToolError
 
 if TYPE_CHECKING:

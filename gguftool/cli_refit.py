@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli_options import (
-    FILE,
     data_option,
     device_option,
     dry_run_option,
@@ -19,6 +18,7 @@ from .cli_options import (
     output_options,
     windows_option,
 )
+from .cli_types import FILE, MODEL
 from .sources import Source
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan whose experts to refit.")
 @data_option
 @click.option("-o", "out", type=FILE, required=True, help="Refitted weights to write, for `prune --weights`.")
@@ -80,7 +80,7 @@ def _show_dry(terminal: Terminal, out: Path, refitting: Refit) -> None:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.option("--plan", "plan_path", type=FILE, required=True, help="Plan of the method dern.")
 @click.option("-o", "out", type=FILE, required=True, help="Weights to write, for `prune --weights`.")
 @click.option(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .cli_options import FILE, make_terminal, open_option, output_options, point_to_report
+from .cli_options import make_terminal, open_option, output_options, point_to_report
+from .cli_types import FILE
 
 
 @click.command()

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from .cli_options import AT_LEAST_ONE, FILE, backend_option, make_terminal, output_options
+from .cli_options import AT_LEAST_ONE, backend_option, make_terminal, output_options
+from .cli_types import FILE
 from .errors import GgufToolError
 
 # Everything behind MODEL goes to the program as it is, --help too.

@@ -9,8 +9,6 @@ import click
 
 from .cli_options import (
     AT_LEAST_ONE,
-    FILE,
-    SOURCE,
     SOURCE_HELP,
     backend_option,
     force_option,
@@ -18,6 +16,7 @@ from .cli_options import (
     output_options,
     scored_ctx_option,
 )
+from .cli_types import FILE, SOURCE
 from .errors import GgufToolError
 from .sources import Source
 

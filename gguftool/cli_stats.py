@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .cli_options import FILE, force_option, make_terminal, output_options
+from .cli_options import force_option, make_terminal, output_options
+from .cli_types import FILE
 
 
 @click.group()

@@ -8,7 +8,6 @@ import click
 
 from .cli_options import (
     AT_LEAST_ONE,
-    FILE,
     METHOD_HELP,
     backend_option,
     data_option,
@@ -19,11 +18,12 @@ from .cli_options import (
     pre_tokenizer_option,
     windows_option,
 )
+from .cli_types import FILE, METHOD, MODEL
 from .sources import Source
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.option("-o", "out", type=FILE, required=True, help="Folder for everything.")
 @data_option
 @click.option(
@@ -37,6 +37,7 @@ from .sources import Source
 @click.option(
     "--method",
     "methods",
+    type=METHOD,
     multiple=True,
     default=("global",),
     show_default=True,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_options import AT_LEAST_ONE, BACKEND_NAMES, FILE, make_terminal, output_options, scored_ctx_option
+from .cli_options import AT_LEAST_ONE, BACKEND_NAMES, make_terminal, output_options, scored_ctx_option
+from .cli_types import FILE, TEXT
 from .errors import GgufToolError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def _backend_list(_context: click.Context, _option: click.Parameter, value: str)
 @click.command()
 @click.argument("base", type=FILE)
 @click.argument("pruned", type=FILE)
-@click.option("--data", type=FILE, required=True, help="Text to measure on; .jsonl: documents.")
+@click.option("--data", type=TEXT, required=True, help="Text to measure on; .jsonl: documents.")
 @click.option("--windows", type=AT_LEAST_ONE, help="Use at most so many windows.")
 @scored_ctx_option
 @click.option(

@@ -137,6 +137,6 @@ def _reason(model: Path, code: int, log: str) -> str:
     if "pre-tokenizer was not recognized" in log:
         return (
             f"{model}: llama.cpp does not know this vocabulary's pre-tokenizer; name the one that it was made with, "
-            "such as --pre-tokenizer qwen2, llama-bpe, gpt-2 or deepseek-llm"
+            "such as --pre-tokenizer (in Python pre_tokenizer) qwen2, llama-bpe, gpt-2 or deepseek-llm"
         )
     return f"llama.cpp's converter refused {model}: {last_line(log)}"

@@ -198,18 +198,25 @@ def _smallest(solver: Solver, ask: Ask) -> Memory:
     """What the smallest file takes. Raises GgufToolError where that is more than the budget."""
     tried = [solver.smallest(target) for target in ask.targets]
     least = min(tried, key=lambda choice: choice.outline.file_bytes)
-    if least.outline.file_bytes < ask.budget:
-        memory = solver.tried(least).memory
-        assert memory is not None
-        if memory.peak <= solver.limit(least.target):
-            return memory
-        needs, parts = memory.peak + JITTER, f": {memory}"
-    else:
-        needs, parts = least.outline.file_bytes, ", its file alone"
+    too_small = f"a budget of {gib(ask.budget)} is too small: the smallest file, {least.label}, takes "
+    size = least.outline.file_bytes
+    if size >= ask.budget:
+        raise GgufToolError(
+            f"{too_small}{gib(size, up=True)} alone. What helps: a --quant with fewer bits, {ask.budget_option} with more "
+            "than that"
+        )
+    memory = solver.tried(least).memory
+    assert memory is not None
+    if memory.peak <= solver.limit(least.target):
+        return memory
+    needs = memory.peak + JITTER
+    # A remedy is named where it can be enough: what is left without the context, or without the file.
+    remedies = [f"a shorter {ask.ctx_option}"] if needs - memory.kv - memory.compute <= ask.budget else []
+    remedies += ["a --quant with fewer bits"] if needs - size < ask.budget else []
+    remedies += [f"{ask.budget_option} {gib(needs, up=True).replace(' ', '')} or more"]
     raise GgufToolError(
-        f"a budget of {gib(ask.budget)} is too small: the smallest file, {least.label}, takes {gib(needs, up=True)} with "
-        f"a context of {ask.ctx} tokens{parts}. What helps: a shorter {ask.ctx_option}, a smaller --quant, "
-        f"{ask.budget_option} {gib(needs, up=True).replace(' ', '')} or more"
+        f"{too_small}{gib(needs, up=True)} with a context of {ask.ctx} tokens: {memory}, and {gib(JITTER)} that stay free. "
+        f"What helps: {', '.join(remedies)}"
     )
 
 
@@ -228,7 +235,11 @@ def _known_stats(none: Prepared, out: Path) -> Prepared:
 
 def _context_notes(file: GgufFile, ctx: int) -> list[str]:
     known = file.arch_integer("context_length", 0)
-    return [f"the model was trained on contexts of {known} tokens, {ctx} are asked for"] if 0 < known < ctx else []
+    if not 0 < known < ctx:
+        return []
+    return [
+        f"the model was trained on contexts of {known} tokens, and {ctx} are counted; fewer leave room for the file"
+    ]
 
 
 Rows = dict[tuple[str, bool], Weighed]

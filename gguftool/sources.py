@@ -9,7 +9,7 @@ the longest file name is a file wins, so that paths with colons (C:\\texts\\code
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import floor, isfinite
 from pathlib import Path
@@ -112,9 +112,26 @@ def parse_source(text: str) -> Source:
 
 
 def is_hub_id(model: str | Path) -> bool:
-    """Whether `model` can only be a model of the hub, OWNER/NAME: nothing of that name is here."""
+    """Whether `model` can only be a model of the hub, OWNER/NAME: nothing of that name is here, and it names no GGUF."""
     text = str(model)
-    return _HUB_ID.fullmatch(text) is not None and not Path(text).exists()
+    return _HUB_ID.fullmatch(text) is not None and not text.lower().endswith(".gguf") and not Path(text).exists()
+
+
+def check_model(model: str | Path) -> None:
+    """Raises GgufToolError for a model that is not here and none of the hub's. Costs nothing, as does `check_texts`: both are
+    asked before what reads models and texts is loaded, which takes seconds."""
+    if Path(model).exists() or is_hub_id(model):
+        return
+    if str(model).lower().endswith(".gguf"):
+        raise GgufToolError(f"{model}: no such file")
+    raise GgufToolError(f"{model}: no such checkpoint directory, and no hub id of the form owner/name")
+
+
+def check_texts(given: Iterable[Source | Path]) -> None:
+    """Raises GgufToolError for a text that is not here."""
+    for source in map(as_source, given):
+        if not source.hub and not Path(source.place).exists():
+            raise GgufToolError(f"{source}: no such text file")
 
 
 def _parse_hub(text: str, weight: float) -> Source:

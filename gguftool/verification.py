@@ -51,6 +51,10 @@ class Verified:
     def load(cls, folder: Path) -> Verified:
         """Reads it. Raises GgufToolError where it is missing, with how the run stands that has not left one yet, or where
         it is damaged or something else."""
+        if not folder.is_dir():
+            raise GgufToolError(
+                f"{folder}: no such folder; `verify` takes the one that `gguftool compress` wrote into (-o)"
+            )
         path = folder / NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))

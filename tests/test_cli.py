@@ -181,7 +181,8 @@ def test_calibrate_is_compress_is_step_by_step(checkpoint_dir, tmp_path, runtime
         (["convert", "{empty_dir}", "-o", "{new}"], 1, "not a Hugging Face checkpoint"),
         (["compress", "{model}", "--ratio", "0.4", "--data", "{missing}", "--eval", "{text}", "-o", "{new}"], 1, "no such"),
         (["compress", "{model}", "--ratio", "0.4", "--data", "{text}", "--eval", "{text}", "-o", "{text}"], 1, "names a folder"),
-        (["verify", "{missing}"], 1, "no such record of a run; `gguftool compress` leaves one"),
+        (["verify", "{missing}"], 1, "no such folder; `verify` takes the one that `gguftool compress` wrote into"),
+        (["verify", "{empty_dir}"], 1, "no such record of a run; `gguftool compress` leaves one"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(arguments, code, message, line, base_gguf, checkpoint_dir, eval_text, tmp_path):
@@ -200,6 +201,30 @@ def test_what_goes_wrong_is_one_line(arguments, code, message, line, base_gguf, 
     assert base_gguf.stat().st_mtime_ns == before
     if arguments[0] != "compress":
         assert sorted(path.name for path in tmp_path.iterdir()) == ["empty-dir", "empty.txt"]
+
+
+@pytest.mark.parametrize("command", ["calibrate", "refit", "compress", "fit", "sweep", "validate", "convert"])
+def test_an_input_that_is_missing_is_missed_before_anything_is_loaded(command, checkpoint_dir, eval_text, tmp_path):
+    rest = {
+        "refit": ["--plan", "p"], "compress": ["--ratio", ".4"], "fit": ["--memory", "1GiB"], "sweep": ["--ratio", ".4"],
+        "validate": [checkpoint_dir],
+    }.get(command, [])  # fmt: skip
+    texts = [] if command == "convert" else ["--data", eval_text]
+    texts += ["--eval", eval_text] if command in ("compress", "fit", "sweep") else []
+    out = [] if command == "validate" else ["-o", tmp_path / "out"]
+    missing = tmp_path / "missing"
+    tried = {"text": [checkpoint_dir, *rest, *texts, "--data", missing, *out]} if texts else {}
+    if command != "validate":
+        tried["model"] = [missing, *rest, *texts, *out]
+    for what, given in tried.items():
+        script = (
+            "import sys\nfrom gguftool.cli import cli\nfrom gguftool.errors import GgufToolError\n"
+            "try: cli(sys.argv[1:], standalone_mode=False)\n"
+            "except GgufToolError as error: print(error, 'torch' in sys.modules, 'llama_cpp' in sys.modules)"
+        )
+        said = subprocess.run([sys.executable, "-c", script, command, *map(str, given)], capture_output=True, text=True)
+        assert said.stdout.startswith(f"{missing}: no such") and said.stdout.endswith(" False False\n"), (what, said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_remembers_what_its_files_were_made_from(tmp_path):

@@ -126,7 +126,8 @@ def test_bash_completes_with_it(tmp_path):
     script = (
         f'PATH={tmp_path}:$PATH; eval "$(gguftool completion bash)"; '
         'COMP_WORDS=(gguftool comp); COMP_CWORD=1; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"; '
-        'COMP_WORDS=(gguftool compress --rec); COMP_CWORD=2; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"'
+        'COMP_WORDS=(gguftool compress --rec); COMP_CWORD=2; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"; '
+        'COMP_WORDS=(gguftool plan s --method gated-sum-); COMP_CWORD=4; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"'
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert set(done.stdout.split()) == {"compress", "completion", "--recipe"}, done.stderr
+    assert set(done.stdout.split()) == {"compress", "completion", "--recipe", "gated-sum-sq"}, done.stderr

@@ -360,8 +360,19 @@ def test_a_recipe_is_not_refused_for_a_ratio_that_nobody_gave(job, base_gguf, st
         (["--eval-windows", 0], "--eval-windows 0 is less than 1"),
     ],
 )
-def test_what_is_wrong_is_called_as_it_was_typed(given, said, checkpoint_dir, tmp_path) -> None:
-    given = [checkpoint_dir, "--memory", "1GiB", "--data", "x", "--eval", "y", "-o", tmp_path / "out", *given]
+def test_what_is_wrong_is_called_as_it_was_typed(given, said, checkpoint_dir, eval_text, tmp_path) -> None:
+    given = [
+        checkpoint_dir,
+        "--memory",
+        "1GiB",
+        "--data",
+        eval_text,
+        "--eval",
+        eval_text,
+        "-o",
+        tmp_path / "out",
+        *given,
+    ]
     assert f"error: {said}" in typed("fit", *given, code=1)
 
 
@@ -389,8 +400,30 @@ def test_remedies_are_in_the_words_of_the_command(command, budget, ctx, job, che
         args = [command, checkpoint_dir, *(part for pair in given.items() for part in pair), *changed, "--dry-run"]
         return str(CliRunner().invoke(cli, list(map(str, args))).exception)
 
-    assert re.search(rf"helps: a shorter {ctx}, a smaller --quant, {budget} [\d.]+MiB or more$", said())
+    assert re.search(rf"and 0\.5 MiB that stay free\. What helps: {budget} [\d.]+MiB or more$", said())
     assert said(ctx, 1) == f"{ctx} 1: a context has at least 2 tokens"
+
+
+@pytest.mark.parametrize(
+    ("file", "kv", "helps"),
+    [
+        (60, 5, "a --quant with fewer bits, --memory 100.5MiB or more"),
+        (60, 11, "a shorter --ctx, a --quant with fewer bits, --memory 100.5MiB or more"),
+        (5, 40, "a shorter --ctx, --memory 100.5MiB or more"),
+        (5, 5, "--memory 100.5MiB or more"),
+        (90, 5, "a --quant with fewer bits, --memory with more than that"),
+    ],
+)
+def test_a_remedy_is_named_where_it_can_be_enough(file, kv, helps) -> None:
+    """Budget 90 MiB, peak 100: what has to go is 10.5, out of the context or out of the file."""
+    choice = SimpleNamespace(outline=SimpleNamespace(file_bytes=file << 20), label="x 90 % Q2_K", target="Q2_K")
+    memory = Memory(file << 20, 100 << 20, 20 << 20, kv << 20, 0)
+    solver = SimpleNamespace(
+        smallest=lambda _: choice, tried=lambda _: SimpleNamespace(memory=memory), limit=lambda _: (90 << 20) - JITTER
+    )
+    with pytest.raises(GgufToolError) as error:
+        fit._smallest(solver, replace(ASK, budget=90 << 20, targets=("Q2_K",)))
+    assert str(error.value).split("What helps: ")[1] == helps
 
 
 def test_too_little_disk_is_refused_before_calibration(job, base_gguf, tmp_path, monkeypatch) -> None:
@@ -400,8 +433,9 @@ def test_too_little_disk_is_refused_before_calibration(job, base_gguf, tmp_path,
         fit.run(replace(job, model=base_gguf), tmp_path / "out", replace(ASK, budget=100 << 20), lambda _: None)
 
 
-def test_compress_fit_finds_the_ratio_itself(checkpoint_dir, tmp_path) -> None:
-    args = ["compress", str(checkpoint_dir), "--data", "x", "--eval", "y", "-o", str(tmp_path), "--fit", "1GiB"]
+def test_compress_fit_finds_the_ratio_itself(checkpoint_dir, eval_text, tmp_path) -> None:
+    text = str(eval_text)
+    args = ["compress", str(checkpoint_dir), "--data", text, "--eval", text, "-o", str(tmp_path), "--fit", "1GiB"]
     done = CliRunner().invoke(cli, [*args, "--ratio", "0.4"])
     assert done.exit_code == 2 and "leave --ratio and --keep out" in done.output
 

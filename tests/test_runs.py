@@ -311,7 +311,12 @@ def test_a_verify_that_was_stopped_at_once_does_not_block_the_next_one(left, pla
         ),
     ],
 )
-def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama):
+def test_what_a_recipe_and_options_lack_together(arguments, code, said, tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "a", "b"):
+        (tmp_path / folder).mkdir()
+    for text in ("x", "a/x.txt", "b/x.txt"):
+        (tmp_path / text).write_text("text")
     assert said in typed("compress", *arguments, "-o", tmp_path / "out", code=code)
     assert not (tmp_path / "out").exists()
 
