@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -34,6 +35,7 @@ from gguftool import (
     runtime_build,
     sequential,
     sweep,
+    workdir,
     workspace,
 )
 from gguftool.calibrate import calibrate
@@ -48,10 +50,11 @@ from gguftool.evaluate import measure
 from gguftool.expand import expand
 from gguftool.forward import LayerStream
 from gguftool.gguf_calibrate import calibrate_gguf
-from gguftool.gguf_file import GgufFile, KeyValue, copied_entries, write_gguf
+from gguftool.gguf_file import GgufFile, KeyValue, check_output, copied_entries, write_gguf
 from gguftool.gguf_model import open_gguf
 from gguftool.gguf_pass import StageDir
 from gguftool.inspection import check, inspect
+from gguftool.measurements import Store
 from gguftool.outline import Base
 from gguftool.overrides import Overrides
 from gguftool.parts import merge
@@ -63,7 +66,7 @@ from gguftool.sensitivity import conditions
 from gguftool.stats import Domain
 from gguftool.tensors import TensorSpec, row_bytes
 from gguftool.verification import Verified, recheck, sha256
-from gguftool.workdir import WorkDir
+from gguftool.workdir import WorkDir, own_work_dir
 from gguftool.workspace import Workspace
 from gguftool.writer import prune
 from hostile import Tensors, rebuild, resized, tiny_gguf
@@ -879,6 +882,84 @@ def test_a_step_makes_its_file_anew_and_remembers_what_is_on_disk(tmp_path, monk
     made = []
     work.step("f", {"in": 2}, lambda path: made.append(path.write_text("y")))
     assert made  # another gguftool may make it otherwise
+
+
+def test_a_state_of_another_version_is_not_gone_on_from(tmp_path, monkeypatch):
+    def opened() -> WorkDir:
+        return WorkDir(tmp_path / "work", {"model": "m"}, (1, 2, 4), torch.float32)
+
+    state = opened()
+    with state.next_hidden() as append:
+        append(torch.zeros(1, 2, 4))
+    state.advance()
+    assert opened().position == 0
+    monkeypatch.setattr(workdir, "VERSION", workdir.VERSION + 1)
+    assert opened().position is None and not list((tmp_path / "work").glob("hidden-*"))
+
+
+def test_sums_of_another_stage_or_run_are_no_start(tmp_path):
+    class Into:
+        def restore(self, sums):
+            given.append(float(sums["s"]))
+
+    given: list[float] = []
+    stages = StageDir(tmp_path / "work", {"model": "m"})
+    stages.keep(1, 3, {"s": torch.tensor([2.0])})
+    assert stages.resume(0, Into()) == 0 and not given
+    assert stages.resume(1, Into()) == 3 and given == [2.0]
+    assert StageDir(tmp_path / "work", {"model": "another"}).resume(1, Into()) == 0
+    assert given == [2.0] and not list((tmp_path / "work").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["format", "version", "key"])
+def test_a_measurement_counts_under_its_own_key(part, tmp_path):
+    store, key = Store(tmp_path), {"model": "m"}
+    store.save(key, {"kl": 1.0})
+    assert store.load(key) == {"kl": 1.0}
+    found = json.loads(store.path(key).read_text())
+    store.path(key).write_text(json.dumps(found | {part: {"model": "another"}}))
+    assert store.load(key) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "named.safetensors",
+        "texts/more/a.jsonl",
+        "under-another-name",
+    ],
+)
+def test_what_is_read_in_a_folder_is_no_output(name, tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "texts" / "more").mkdir(parents=True)
+    for read in (
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "named.safetensors",
+        "texts/more/a.jsonl",
+        "pruned.gguf",
+    ):
+        (folder / read).write_text("dear")
+    (folder / "own.safetensors").write_text("stats that lie there too")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "named.safetensors"}}')
+    (folder / "under-another-name").hardlink_to(folder / "config.json")
+    with pytest.raises(GgufToolError, match="is an input; choose another output"):
+        check_output(folder / name, True, folder)
+    for other in ("own.safetensors", "pruned.gguf", "new.json"):
+        check_output(folder / other, True, folder)
+
+
+def test_a_folder_or_a_device_is_no_output(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in ((".", "a folder"), ("pipe", "no plain file")):
+        with pytest.raises(GgufToolError, match=f"{said}, and the output is a file"):
+            durable.check_place(tmp_path / name)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(GgufToolError, match="a folder, and the output"), own_work_dir(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pipe"]
 
 
 def test_hidden_states_that_lack_windows_are_no_input(tmp_path):

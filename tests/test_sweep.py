@@ -323,6 +323,7 @@ def test_a_sweep_is_stopped_goes_on_and_is_asked_for_more(
     assert len(list((out / "rows").glob("*.json"))) == 4
     made = {path.name: path.stat().st_mtime_ns for path in (out / sweep.SCRATCH).glob("*.gguf")}
     assert len(made) == 4 and not list((out / sweep.SCRATCH).glob("cell-*"))
+    (out / sweep.SCRATCH / "of-other-options.gguf").write_text("left by a sweep that was stopped")
     report, second = sweep_it(grid)
     assert report is not None
     assert "0 of 7" in "".join(said) and len(first.calls) == 2 and len(second.calls) == 4
