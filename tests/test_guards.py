@@ -40,6 +40,7 @@ from gguftool import (
 )
 from gguftool.calibrate import calibrate
 from gguftool.checkpoint import checkpoint_directory, open_checkpoint
+from gguftool.checkpoint_config import check_counts
 from gguftool.cli import cli
 from gguftool.convert import convert
 from gguftool.crosscheck import judge
@@ -967,6 +968,15 @@ def test_hidden_states_that_lack_windows_are_no_input(tmp_path):
     with pytest.raises(GgufToolError, match="64 bytes were written, not 96"), state.next_hidden() as append:
         append(torch.zeros(2, 2, 4))
     assert not list((tmp_path / "work").glob("hidden-*"))
+
+
+@pytest.mark.parametrize("value", [1001, 10**30, 1e300, float("inf"), float("nan")])
+@pytest.mark.parametrize("inside", [False, True])
+def test_counts_that_no_checkpoint_has_are_refused(value, inside, tmp_path):
+    fields = {"num_labels": value}
+    with pytest.raises(GgufToolError, match="config.json says num_labels = .*; there are 12 tensors"):
+        check_counts(tmp_path, {"text_config": fields} if inside else fields, 12)
+    check_counts(tmp_path, {"num_labels": 1000}, 12)
 
 
 def test_the_hub_is_asked_for_no_code_and_no_pickle(monkeypatch, tmp_path):
