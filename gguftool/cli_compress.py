@@ -27,7 +27,7 @@ from .cli_options import (
     report_options,
     windows_option,
 )
-from .cli_types import FILE, MODEL, TEXT
+from .cli_types import ENCODING, FILE, MODEL, RECIPE, TEXT
 from .errors import GgufToolError
 from .recipe_file import FIT_CTX, RunRecipe, find, load
 from .sources import check_model, check_texts
@@ -52,6 +52,7 @@ def _one_type(_context: click.Context, _param: click.Parameter, given: tuple[str
 @click.option(
     "--recipe",
     "name",
+    type=RECIPE,
     metavar="FILE|NAME",
     help="Take everything from a recipe file, or from a shipped one (`gguftool recipes`). Options given here override it.",
 )
@@ -60,6 +61,7 @@ def _one_type(_context: click.Context, _param: click.Parameter, given: tuple[str
 @click.option(
     "--quant",
     "quant",
+    type=ENCODING,
     metavar="TYPE",
     multiple=True,
     callback=_one_type,

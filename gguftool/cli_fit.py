@@ -17,7 +17,7 @@ from .cli_options import (
     pre_tokenizer_option,
     windows_option,
 )
-from .cli_types import FILE, METHOD, MODEL, TEXT
+from .cli_types import ENCODING, FILE, METHOD, MODEL, TEXT
 from .errors import GgufToolError
 from .recipe_file import FIT_CTX, RunRecipe, WrongValue
 from .sources import Source
@@ -42,7 +42,7 @@ _OPTIONS = {"ctx": "--window", "fit_ctx": "--ctx", "memory": "--calibration-memo
     help="Text to choose by, held out; the mean over all of them counts. May be repeated.",
 )  # fmt: skip
 @click.option(
-    "--quant", "targets", multiple=True, metavar="TYPE",
+    "--quant", "targets", type=ENCODING, multiple=True, metavar="TYPE",
     help="Type to choose from. May be repeated.  [default: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K]",
 )  # fmt: skip
 @click.option("--method", type=METHOD, default="auto", show_default=True, help=METHOD_HELP["auto"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli_options import dry_run_option, force_option, make_terminal, output_options, pre_tokenizer_option
-from .cli_types import FILE, MODEL
+from .cli_types import ENCODING, FILE, MODEL
 from .errors import GgufToolError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def expand(source: Path, out: Path, dry_run: bool, force: bool, as_json: bool, q
 
 @click.command()
 @click.argument("source", type=FILE)
-@click.argument("target")
+@click.argument("target", type=ENCODING)
 @click.option("-o", "out", type=FILE, required=True, help="GGUF to write.")
 @click.option("--imatrix", type=FILE, help="Stats to take the importance matrix from.")
 @click.option(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .cli_options import force_option, make_recipe, make_terminal, output_options, recipe_options
-from .cli_types import FILE
+from .cli_types import ENCODING, FILE
 
 
 @click.command()
@@ -54,7 +54,9 @@ def architectures(as_json: bool, quiet: bool) -> None:
 @click.argument("stats", type=FILE)
 @click.option("-o", "out", type=FILE, required=True, help="Plan to write.")
 @recipe_options("global")
-@click.option("--target", metavar="TYPE", help="Type that it will be quantized to (with --imatrix), as Q4_K_M.")
+@click.option(
+    "--target", type=ENCODING, metavar="TYPE", help="Type that it will be quantized to (with --imatrix), as Q4_K_M."
+)
 @click.option("--layers", type=FILE, help="Weigh the layers by what `sensitivity` measured.")
 @click.option("--tensors", is_flag=True, help="Print every tensor too.")
 @force_option

@@ -18,7 +18,7 @@ from .cli_options import (
     pre_tokenizer_option,
     windows_option,
 )
-from .cli_types import FILE, METHOD, MODEL
+from .cli_types import ENCODING, FILE, METHOD, MODEL
 from .sources import Source
 
 
@@ -55,6 +55,7 @@ from .sources import Source
 @click.option(
     "--quant",
     "quants",
+    type=ENCODING,
     multiple=True,
     default=("none",),
     show_default=True,
@@ -63,6 +64,7 @@ from .sources import Source
 )
 @click.option(
     "--unpruned",
+    type=ENCODING,
     multiple=True,
     default=("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K"),
     show_default=True,

@@ -59,7 +59,38 @@ class MethodType(click.ParamType):
         return [CompletionItem(known) for known in METHODS if known.startswith(incomplete)]
 
 
+class EncodingType(click.ParamType):
+    """A quantization type, as `encoding.parse_target` checks it."""
+
+    name = "type"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from .encoding import TARGETS
+
+        return [CompletionItem(known) for known in TARGETS if known.startswith(incomplete.upper())]
+
+
+class RecipeType(click.ParamType):
+    """A recipe file, or the name of a shipped one, as `recipe_file.find` reads it."""
+
+    name = "file|name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from .recipe_file import shipped
+
+        found = [CompletionItem(known) for known in shipped() if known.startswith(incomplete)]
+        return found or [CompletionItem(incomplete, type="file")]
+
+
 MODEL = ModelType(path_type=Path)
 TEXT = TextType(path_type=Path)
 SOURCE = SourceType()
 METHOD = MethodType()
+ENCODING = EncodingType()
+RECIPE = RecipeType()

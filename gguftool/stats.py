@@ -245,6 +245,8 @@ class CalibrationStats:
             raise GgufToolError(f"{path}: no such stats file; `gguftool calibrate` makes one")
         if path.suffix == ".gguf":
             raise GgufToolError(f"{path}: a GGUF, no stats file; `gguftool calibrate` makes one")
+        if path.suffix in (".json", ".txt", ".jsonl"):
+            raise GgufToolError(f"{path}: text, no stats file; `gguftool calibrate` makes one")
         try:
             with safe_open(path, "numpy") as file:
                 header = parse((file.metadata() or {}).get("gguftool", "{}"))

@@ -127,7 +127,17 @@ def test_bash_completes_with_it(tmp_path):
         f'PATH={tmp_path}:$PATH; eval "$(gguftool completion bash)"; '
         'COMP_WORDS=(gguftool comp); COMP_CWORD=1; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"; '
         'COMP_WORDS=(gguftool compress --rec); COMP_CWORD=2; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"; '
-        'COMP_WORDS=(gguftool plan s --method gated-sum-); COMP_CWORD=4; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"'
+        'COMP_WORDS=(gguftool plan s --method gated-sum-); COMP_CWORD=4; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"; '
+        'COMP_WORDS=(gguftool quantize a Q4_K); COMP_CWORD=3; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"; '
+        'COMP_WORDS=(gguftool compress --recipe sm); COMP_CWORD=3; _gguftool_completion gguftool; echo "${COMPREPLY[@]}"'
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert set(done.stdout.split()) == {"compress", "completion", "--recipe", "gated-sum-sq"}, done.stderr
+    assert set(done.stdout.split()) == {
+        "compress",
+        "completion",
+        "--recipe",
+        "gated-sum-sq",
+        "Q4_K_S",
+        "Q4_K_M",
+        "smallest",
+    }, done.stderr
