@@ -8,9 +8,16 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from .processes import process_count
 from .sources import Source, check_model, check_texts, parse_source
 
 FILE = click.Path(path_type=Path)
+
+
+def _alone() -> bool:
+    """Whether what is missing may end this process at once. Of several that work together the others have to hear of it, and
+    they do once they have met."""
+    return process_count() == 1
 
 
 class ModelType(click.Path):
@@ -18,7 +25,8 @@ class ModelType(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(str(super().convert(value, param, ctx)))
-        check_model(path)
+        if _alone():
+            check_model(path)
         return path
 
 
@@ -27,7 +35,8 @@ class TextType(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(str(super().convert(value, param, ctx)))
-        check_texts([path])
+        if _alone():
+            check_texts([path])
         return path
 
 
@@ -38,7 +47,8 @@ class SourceType(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:
         source = value if isinstance(value, Source) else parse_source(value)
-        check_texts([source])
+        if _alone():
+            check_texts([source])
         return source
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -213,5 +213,8 @@ def test_quick_leaves_what_is_given(monkeypatch):
         "validate b p --data t --windows -1", "plan s --ratio 0.4 -o p --seed -1", "calibrate m --data t -o o --windows 0",
     ],
 )  # fmt: skip
-def test_numbers_that_mean_nothing_are_refused_at_once(arguments):
+def test_numbers_that_mean_nothing_are_refused_at_once(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "t"):
+        (tmp_path / name).touch()
     assert "is not in the range" in typed(*arguments.split(), code=2)

@@ -196,9 +196,10 @@ def test_what_else_lies_in_a_models_folder_is_no_input(checkpoint_dir, tmp_path)
 
 
 def test_an_output_that_is_a_folder_is_refused_at_once(tmp_path, monkeypatch, llama):
-    """Before anything is read: nothing else of what is named is there."""
+    """Before anything is read: nothing else of what is named holds what is wanted."""
     none, folder = tmp_path / "none", tmp_path / "folder"
     folder.mkdir()
+    none.touch()
     monkeypatch.chdir(folder)
     for out in (folder, "."):
         for command in (
@@ -216,7 +217,7 @@ def test_an_output_that_is_a_folder_is_refused_at_once(tmp_path, monkeypatch, ll
             for more in ([], ["--force"]):
                 with pytest.raises(GgufToolError, match="a folder, and the output is a file"):
                     run(*command, "-o", out, *more)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not list(folder.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "none"] and not list(folder.iterdir())
 
 
 def test_calibrate(ask, checkpoint_dir, base_gguf, files, tmp_path, llama):
