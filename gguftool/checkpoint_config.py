@@ -22,10 +22,8 @@ def checkpoint_directory(path: str | Path) -> Path:
         return Path(path)
     text = str(path)
     check_model(path)
-    if Path(path).suffix == ".gguf" and Path(path).is_file():
-        raise GgufToolError(f"{path}: a GGUF, and a checkpoint's directory is wanted here")
     if not is_hub_id(path):
-        raise GgufToolError(f"{path}: no such checkpoint directory but a file")
+        raise GgufToolError(f"{path}: a file, and a checkpoint's directory is wanted here")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -95,7 +95,7 @@ class RecipeType(click.ParamType):
         from .recipe_file import shipped
 
         found = [CompletionItem(known) for known in shipped() if known.startswith(incomplete)]
-        return found or [CompletionItem(incomplete, type="file")]
+        return [*found, CompletionItem(incomplete, type="file")]
 
 
 MODEL = ModelType(path_type=Path)

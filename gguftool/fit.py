@@ -210,9 +210,9 @@ def _smallest(solver: Solver, ask: Ask) -> Memory:
     if memory.peak <= solver.limit(least.target):
         return memory
     needs = memory.peak + JITTER
-    # A remedy is named where it can be enough: what is left without the context, or without the file.
+    # A remedy is named where it may be enough: without any context, or with half the bits.
     remedies = [f"a shorter {ask.ctx_option}"] if needs - memory.kv - memory.compute <= ask.budget else []
-    remedies += ["a --quant with fewer bits"] if needs - size < ask.budget else []
+    remedies += ["a --quant with fewer bits"] if needs - size // 2 <= ask.budget else []
     remedies += [f"{ask.budget_option} {gib(needs, up=True).replace(' ', '')} or more"]
     raise GgufToolError(
         f"{too_small}{gib(needs, up=True)} with a context of {ask.ctx} tokens: {memory}, and {gib(JITTER)} that stay free. "

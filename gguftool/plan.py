@@ -194,11 +194,11 @@ class PrunePlan:
         """Reads and checks a plan. Raises GgufToolError for a file that is missing, no plan, or impossible."""
         if not path.is_file():
             raise GgufToolError(f"{path}: no such plan; `gguftool plan` makes one")
-        if path.suffix in (".safetensors", ".gguf"):
-            raise GgufToolError(f"{path}: not a plan but tensors; `gguftool plan` makes one")
         try:
             raw = parse(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
+            if path.suffix in (".safetensors", ".gguf"):
+                raise GgufToolError(f"{path}: not a plan but tensors; `gguftool plan` makes one") from error
             raise GgufToolError(f"{path}: not a plan ({error})") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise GgufToolError(f"{path}: not a gguftool plan")

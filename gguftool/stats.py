@@ -245,8 +245,6 @@ class CalibrationStats:
             raise GgufToolError(f"{path}: no such stats file; `gguftool calibrate` makes one")
         if path.suffix == ".gguf":
             raise GgufToolError(f"{path}: a GGUF, no stats file; `gguftool calibrate` makes one")
-        if path.suffix in (".json", ".txt", ".jsonl"):
-            raise GgufToolError(f"{path}: text, no stats file; `gguftool calibrate` makes one")
         try:
             with safe_open(path, "numpy") as file:
                 header = parse((file.metadata() or {}).get("gguftool", "{}"))
@@ -258,6 +256,8 @@ class CalibrationStats:
                     )
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, *GARBLED, OSError) as error:
+            if path.suffix in (".json", ".txt", ".jsonl"):
+                raise GgufToolError(f"{path}: text, no stats file; `gguftool calibrate` makes one") from error
             raise GgufToolError(f"{path}: damaged stats file ({error})") from error
         try:
             stats = cls(

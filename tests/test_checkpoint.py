@@ -248,7 +248,7 @@ def test_other_number_formats_are_named(single):
 def test_directories_that_are_no_checkpoint(tmp_path, single):
     assert "no config.json" in refusal(tmp_path)
     assert "no such checkpoint directory" in refusal(tmp_path / "nowhere")
-    assert "no such checkpoint directory" in refusal(single / "config.json")
+    assert "a file, and a checkpoint's directory is wanted here" in refusal(single / "config.json")
     (single / "model.safetensors").unlink()
     assert "no model*.safetensors" in refusal(single)
     (single / "config.json").write_text("{")

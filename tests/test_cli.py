@@ -11,6 +11,7 @@ import pytest
 from gguftool import builtin
 from gguftool.errors import GgufToolError
 from gguftool.gguf_file import GgufFile
+from gguftool.plan import PrunePlan
 from gguftool.verification import Verified, sha256
 from gguftool.workspace import Workspace
 
@@ -167,6 +168,9 @@ def test_calibrate_is_compress_is_step_by_step(checkpoint_dir, tmp_path, runtime
         (["validate", "{base}", "{model}", "--data", "{text}"], 1, "a folder, no GGUF"),
         (["validate", "{model}", "{base}", "--data", "{text}"], 1, "a folder, no GGUF"),
         (["plan", "{base}", "--ratio", "0.4", "-o", "{new}"], 1, "a GGUF, no stats file"),
+        (["plan", "{plan}", "--ratio", "0.4", "-o", "{new}"], 1, "text, no stats file"),
+        (["prune", "{base}", "--plan", "{stats}", "-o", "{new}"], 1, "not a plan but tensors"),
+        (["convert", "{base}", "-o", "{new}"], 1, "a file, and a checkpoint's directory is wanted here"),
         (["validate", "{base}", "{pruned}", "--data", "{empty}"], 1, "empty"),
         (["validate", "{base}", "{missing}", "--data", "{text}"], 1, "no such file"),
         (["validate", "{base}", "{pruned}", "--data", "{text}", "--backend", "cpu,metal"], 1, "runtime build --backend metal"),
@@ -216,6 +220,12 @@ def test_an_input_that_is_missing_is_missed_before_anything_is_loaded(command, c
     tried = {"text": [checkpoint_dir, *rest, *texts, "--data", missing, *out]} if texts else {}
     if command != "validate":
         tried["model"] = [missing, *rest, *texts, *out]
+    if command in ("compress", "fit"):
+        tried["eval"] = [checkpoint_dir, *rest, *texts, "--eval", missing, *out]
+    if command == "compress":
+        recipe = tmp_path / "r.toml"
+        recipe.write_text(f'data = ["{eval_text}"]\neval = ["missing"]\nratio = 0.4\n')
+        tried["recipe"] = [checkpoint_dir, "--recipe", recipe, *out]
     for what, given in tried.items():
         script = (
             "import sys\nfrom gguftool.cli import cli\nfrom gguftool.errors import GgufToolError\n"
@@ -225,6 +235,13 @@ def test_an_input_that_is_missing_is_missed_before_anything_is_loaded(command, c
         said = subprocess.run([sys.executable, "-c", script, command, *map(str, given)], capture_output=True, text=True)
         assert said.stdout.startswith(f"{missing}: no such") and said.stdout.endswith(" False False\n"), (what, said)
     assert not (tmp_path / "out").exists()
+
+
+def test_stats_and_plans_may_be_called_as_anybody_likes(line, stats, tmp_path):
+    stats.save(tmp_path / "stats.json")
+    gguftool("plan", tmp_path / "stats.json", "--ratio", "0.4", "-o", tmp_path / "plan.safetensors")
+    gguftool("plan", line / "stats.safetensors", "--ratio", "0.4", "-o", tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.safetensors").kept_hash == PrunePlan.load(tmp_path / "plan.json").kept_hash
 
 
 def test_a_folder_remembers_what_its_files_were_made_from(tmp_path):
