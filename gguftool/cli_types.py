@@ -95,7 +95,8 @@ class RecipeType(click.ParamType):
         from .recipe_file import shipped
 
         found = [CompletionItem(known) for known in shipped() if known.startswith(incomplete)]
-        return [*found, CompletionItem(incomplete, type="file")]
+        # A shell completes names or files, not both.
+        return found or [CompletionItem(incomplete, type="file")]
 
 
 MODEL = ModelType(path_type=Path)
