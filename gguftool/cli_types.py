@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,53 +56,44 @@ class SourceType(click.ParamType):
         return [CompletionItem(incomplete, type="file")]
 
 
-class MethodType(click.ParamType):
-    """A method's name, as `methods.method` or `variants.parse_variant` checks it."""
+class NameType(click.ParamType):
+    """One of the names that `known` gives, which loads what knows them and is asked when a shell completes. Whether a name is one
+    is checked where it is used, with the near ones. `or_file`: it may be a file instead."""
 
-    name = "name"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from .methods import METHODS
-
-        return [CompletionItem(known) for known in METHODS if known.startswith(incomplete)]
-
-
-class EncodingType(click.ParamType):
-    """A quantization type, as `encoding.parse_target` checks it."""
-
-    name = "type"
+    def __init__(self, name: str, known: Callable[[], Iterable[str]], *, or_file: bool = False) -> None:
+        self.name, self._known, self._or_file = name, known, or_file
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from .encoding import TARGETS
-
-        return [CompletionItem(known) for known in TARGETS if known.startswith(incomplete.upper())]
-
-
-class RecipeType(click.ParamType):
-    """A recipe file, or the name of a shipped one, as `recipe_file.find` reads it."""
-
-    name = "file|name"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from .recipe_file import shipped
-
-        found = [CompletionItem(known) for known in shipped() if known.startswith(incomplete)]
+        begun = incomplete.lower()
+        found = [CompletionItem(known) for known in self._known() if known.lower().startswith(begun)]
         # A shell completes names or files, not both.
-        return found or [CompletionItem(incomplete, type="file")]
+        return found or ([CompletionItem(incomplete, type="file")] if self._or_file else [])
+
+
+def _methods() -> Iterable[str]:
+    from .methods import METHODS
+
+    return METHODS
+
+
+def _encodings() -> Iterable[str]:
+    from .encoding import TARGETS
+
+    return TARGETS
+
+
+def _recipes() -> Iterable[str]:
+    from .recipe_file import shipped
+
+    return shipped()
 
 
 MODEL = ModelType(path_type=Path)
 TEXT = TextType(path_type=Path)
 SOURCE = SourceType()
-METHOD = MethodType()
-ENCODING = EncodingType()
-RECIPE = RecipeType()
+METHOD = NameType("name", _methods)
+ENCODING = NameType("type", _encodings)
+RECIPE = NameType("file|name", _recipes, or_file=True)
